@@ -1,0 +1,1 @@
+"""Continual adaptation of click-through-rate models on Ray."""

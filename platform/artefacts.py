@@ -1,0 +1,89 @@
+"""Artefacts on disk: written whole or not at all, known by the hash of their content."""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def whole_directory(destination: Path) -> Iterator[Path]:
+    """Give a scratch folder that becomes ``destination`` only if the block succeeds.
+
+    An existing ``destination`` is replaced at the end. A crash leaves at most a hidden scratch
+    folder beside it, which the next call for the same destination removes.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    for left_over in destination.parent.glob(f".{destination.name}.*.partial"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    scratch = destination.parent / f".{destination.name}.{uuid.uuid4().hex[:8]}.partial"
+    scratch.mkdir()
+    try:
+        yield scratch
+        if destination.exists():
+            retired = scratch.with_suffix(".retired")
+            destination.rename(retired)
+            scratch.rename(destination)
+            shutil.rmtree(retired)
+        else:
+            scratch.rename(destination)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(destination: Path) -> Iterator[Path]:
+    """Give a scratch path that becomes ``destination`` only if the block succeeds."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    scratch = destination.parent / f".{destination.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        yield scratch
+        os.replace(scratch, destination)  # noqa: PTH105 - atomic on POSIX
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_json(destination: Path, value: Mapping[str, Any]) -> None:
+    """Write readable JSON, whole or not at all."""
+    with whole_file(destination) as scratch:
+        scratch.write_text(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def read_json(source: Path) -> dict[str, Any]:
+    """Read a JSON object."""
+    value = json.loads(source.read_text())
+    assert isinstance(value, dict), source
+    return value
+
+
+def hash_file(source: Path) -> str:
+    """SHA-256 of the bytes, in hex."""
+    with source.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hash_files(root: Path, *, exclude: tuple[str, ...] = ()) -> dict[str, str]:
+    """Hash of each file below ``root`` by relative path, in order of path."""
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    names = [(path.relative_to(root).as_posix(), path) for path in files]
+    return {name: hash_file(path) for name, path in names if name not in exclude}
+
+
+def hash_value(value: Any) -> str:
+    """SHA-256 of the canonical JSON form, in hex."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def link_or_copy(source: Path, destination: Path) -> None:
+    """Share an immutable file by hard link; copy where the file system cannot link."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, destination)
+    except OSError:
+        shutil.copy2(source, destination)
