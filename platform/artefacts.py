@@ -37,6 +37,20 @@ def whole_directory(destination: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def scratch_directory(parent: Path) -> Iterator[Path]:
+    """Give a scratch folder below ``parent``; the block renames it to a name made from content.
+
+    What is still there when the block ends is removed.
+    """
+    scratch = parent / f".{uuid.uuid4().hex[:8]}.partial"
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
 def whole_file(destination: Path) -> Iterator[Path]:
     """Give a scratch path that becomes ``destination`` only if the block succeeds."""
     destination.parent.mkdir(parents=True, exist_ok=True)

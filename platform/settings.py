@@ -98,7 +98,10 @@ class SplitSettings(Settings):
     ood_end: AwareDatetime | None = None
     """Overrides ``ood_share`` with a moment."""
     validation_share: Share = 0.1
-    """Share of the rows of each training window kept for early stopping, natural balance."""
+    """Share of requests kept for early stopping and calibration, natural balance."""
+    gate_share: Share = 0.1
+    """Share of requests no student trains on, so that a refresh can be judged on its newest
+    hours and still learn from them."""
 
 
 class LabelSettings(Settings):
@@ -310,8 +313,8 @@ class StudentSettings(Settings):
 class GateSettings(Settings):
     """A challenger is promoted only within these bounds, on the newest matured slice."""
 
-    slice_hours: PositiveInt = 6
-    """Length of the newest matured slice; kept out of the challenger's training."""
+    slice_hours: PositiveInt = 24
+    """Length of the newest matured slice; only requests of the gate part are judged."""
     min_rows: PositiveInt = 200
     min_clicks: PositiveInt = 5
     max_auc_drop: Annotated[float, Field(ge=0, lt=1)] = 0.01

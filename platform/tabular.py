@@ -1,0 +1,201 @@
+"""Frame columns to what the head reads: category numbers and normalised values.
+
+Shape suffixes: B rows, C categorical columns, N numeric columns, F = 2 N (value and missing flag).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Final, Literal, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from driftline.platform.columns import HeadColumn
+from driftline.platform.errors import BundleError
+
+Columns: TypeAlias = "Mapping[str, pa.Array | pa.ChunkedArray | NDArray[np.generic]] | pa.Table"
+Transform = Literal["identity", "log1p", "logit"]
+
+SPARE_SHARE: Final = 0.25
+MIN_SPARE: Final = 8
+LIMIT: Final = 6.0  # standard deviations; beyond it a value is clipped
+
+
+@dataclass(frozen=True)
+class CategoryVocabulary:
+    """Known values of one column; 0 is everything else, missing included."""
+
+    column: str
+    values: tuple[str, ...]
+    capacity: int
+    """Rows of the embedding table; spare rows take values that appear between arms refreshes."""
+
+    def encode(self, values: pa.Array) -> NDArray[np.int32]:
+        """Number of each value, 0 when unknown. ``[B]``."""
+        if not self.values:
+            return np.zeros(len(values), np.int32)
+        found = pc.index_in(values, value_set=pa.array(self.values, pa.string()))
+        return (pc.fill_null(found, -1).to_numpy(zero_copy_only=False) + 1).astype(np.int32)
+
+    def extended(self, values: pa.Array) -> "CategoryVocabulary":
+        """Give spare rows to new values, most frequent first; known values keep their number."""
+        room = self.capacity - 1 - len(self.values)
+        new = [value for value in _by_frequency(values) if value not in set(self.values)]
+        return replace(self, values=self.values + tuple(new[:room]))
+
+
+@dataclass(frozen=True)
+class NumberScaler:
+    """How one numeric column is brought to mean 0 and deviation 1."""
+
+    column: str
+    transform: Transform
+    mean: float
+    deviation: float
+
+
+@dataclass(frozen=True)
+class TabularEncoder:
+    """The tabular half of a student, fitted on one training window and stored in its bundle.
+
+    Source: papers.md S0.12 (log1p, standardise, missing indicator, OOV row). Values inside [0, 1],
+    such as click rates, are spread by a logit instead of log1p.
+    """
+
+    categories: tuple[CategoryVocabulary, ...]
+    numbers: tuple[NumberScaler, ...]
+
+    @classmethod
+    def fit(cls, frame: pa.Table, columns: Sequence[HeadColumn]) -> "TabularEncoder":
+        """Learn vocabularies and scales from a frame."""
+        categories, numbers = [], []
+        for column in columns:
+            values = frame[column.name].combine_chunks()
+            if column.kind == "categorical":
+                known = tuple(_by_frequency(values))
+                spare = max(MIN_SPARE, int(len(known) * SPARE_SHARE))
+                categories.append(CategoryVocabulary(column.name, known, 1 + len(known) + spare))
+            else:
+                numbers.append(_fit_scaler(column.name, _to_float(values)))
+        return cls(tuple(categories), tuple(numbers))
+
+    def refitted(self, frame: pa.Table) -> "TabularEncoder":
+        """New scales and room for new categories; every known category keeps its number.
+
+        The transforms stay, so that a warm-started head reads inputs of the same shape.
+        """
+        return TabularEncoder(
+            tuple(c.extended(frame[c.column].combine_chunks()) for c in self.categories),
+            tuple(
+                _fit_scaler(n.column, _to_float(frame[n.column]), transform=n.transform)
+                for n in self.numbers
+            ),
+        )
+
+    @property
+    def cardinalities(self) -> tuple[int, ...]:
+        """Rows of each category's embedding table. ``[C]``."""
+        return tuple(category.capacity for category in self.categories)
+
+    @property
+    def num_numbers(self) -> int:
+        """F: each numeric column gives its value and a missing flag."""
+        return 2 * len(self.numbers)
+
+    def encode(self, columns: Columns) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Head inputs, ``[B, C]`` and ``[B, F]``.
+
+        Raises:
+            BundleError: a column the head was trained on is not there.
+        """
+        names = [*(c.column for c in self.categories), *(n.column for n in self.numbers)]
+        present = set(columns.column_names if isinstance(columns, pa.Table) else columns)
+        if missing := [name for name in names if name not in present]:
+            raise BundleError(
+                f"columns {missing} are missing from the features; the head was trained on them; "
+                "build the features with the settings of the bundle"
+            )
+        num_rows = len(columns[names[0]]) if names else 0
+        categories_BC = np.empty((num_rows, len(self.categories)), np.int32)
+        for index, category in enumerate(self.categories):
+            categories_BC[:, index] = category.encode(_to_strings(columns[category.column]))
+        values_BN = np.empty((num_rows, len(self.numbers)), np.float32)
+        for index, number in enumerate(self.numbers):
+            values_BN[:, index] = _scale(_to_float(columns[number.column]), number)
+        missing_BN = np.isnan(values_BN)
+        numbers_BF = np.concatenate([np.where(missing_BN, 0, values_BN), missing_BN], axis=1)
+        return categories_BC, numbers_BF.astype(np.float32)
+
+    def to_json(self) -> str:
+        """Readable form, the inverse of ``from_json``."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "TabularEncoder":
+        """Read what ``to_json`` wrote."""
+        raw = json.loads(text)
+        return cls(
+            tuple(
+                CategoryVocabulary(c["column"], tuple(c["values"]), c["capacity"])
+                for c in raw["categories"]
+            ),
+            tuple(NumberScaler(**number) for number in raw["numbers"]),
+        )
+
+
+def _by_frequency(values: pa.Array) -> list[str]:
+    counted = pc.value_counts(values.drop_null())
+    pairs = zip(
+        counted.field("values").to_pylist(), counted.field("counts").to_pylist(), strict=True
+    )
+    return [value for value, _ in sorted(pairs, key=lambda pair: (-pair[1], pair[0]))]
+
+
+def _fit_scaler(
+    column: str, values: NDArray[np.float64], *, transform: Transform | None = None
+) -> NumberScaler:
+    finite = values[np.isfinite(values)]
+    chosen = transform or _choose_transform(finite)
+    moved = _apply(finite, chosen)
+    mean = float(moved.mean()) if len(moved) else 0.0
+    deviation = float(moved.std()) if len(moved) else 1.0
+    return NumberScaler(column, chosen, mean, deviation if deviation > 1e-6 else 1.0)
+
+
+def _choose_transform(values: NDArray[np.float64]) -> Transform:
+    if not len(values) or values.min() < 0:
+        return "identity"
+    inside = values.max() <= 1 and np.unique(values[:1000]).size > 2
+    return "logit" if inside else "log1p"
+
+
+def _apply(values: NDArray[np.float64], transform: Transform) -> NDArray[np.float64]:
+    if transform == "log1p":
+        return np.log1p(np.maximum(values, 0))
+    if transform == "logit":
+        inside = np.clip(values, 1e-4, 1 - 1e-4)
+        return np.log(inside) - np.log1p(-inside)
+    return values
+
+
+def _scale(values: NDArray[np.float64], scaler: NumberScaler) -> NDArray[np.float64]:
+    scaled = (_apply(values, scaler.transform) - scaler.mean) / scaler.deviation
+    return np.clip(scaled, -LIMIT, LIMIT)
+
+
+def _to_float(values: "pa.Array | pa.ChunkedArray | NDArray[np.generic]") -> NDArray[np.float64]:
+    if isinstance(values, np.ndarray):
+        return values.astype(np.float64)
+    array = pc.fill_null(values.cast(pa.float64()), np.nan)
+    floats = array.to_numpy() if isinstance(array, pa.ChunkedArray) else array.to_numpy(False)
+    assert isinstance(floats, np.ndarray)
+    return floats
+
+
+def _to_strings(values: "pa.Array | pa.ChunkedArray | NDArray[np.generic]") -> pa.Array:
+    if isinstance(values, pa.ChunkedArray):
+        return values.combine_chunks()
+    return values if isinstance(values, pa.Array) else pa.array(values, pa.string())
