@@ -340,6 +340,29 @@ class ServingSettings(Settings):
     takes the mean vector. A product in no table is always neutral. Both are flagged."""
     poll_seconds: PositiveFloat = 1.0
     """How often a replica looks for a newer champion or snapshot."""
+    clock: Literal["wall", "snapshot"] | AwareDatetime = "wall"
+    """The time at which features are read and hours are counted. ``wall`` is now; ``snapshot`` is
+    the moment of the newest materialisation, for logs of the past and simulated markets; a moment
+    stands still. Only with the last two may a request bring a ``time`` of its own."""
+    ingress: Literal["haproxy", "proxy"] = "haproxy"
+    """``haproxy`` puts the bundled HAProxy (Linux) in front of the replicas and turns on Ray
+    Serve's throughput flags; ``proxy`` is Ray Serve's own Python proxy, slower but everywhere."""
+    max_request_bytes: PositiveInt = 1_000_000
+    """A larger body is refused unread (HTTP 413)."""
+
+
+class CadenceSettings(Settings):
+    """When ``driftline up`` runs what; the intervals themselves follow from the tiers."""
+
+    clock: Literal["wall", "event"] = "wall"
+    """``wall`` refreshes as of now. ``event`` replays the recent part of the log: its first hour is
+    the moment of ``up``, and an hour of it passes in ``seconds_per_hour``; for demonstrations."""
+    seconds_per_hour: PositiveFloat = 10.0
+    """Wall seconds that stand for one hour of event time; only with the event clock."""
+    start: AwareDatetime | None = None
+    """First moment of the event clock; the start of the log's recent part when not given."""
+    restart_seconds: PositiveFloat = 1.0
+    """Pause before a crashed service is started again; doubles with each crash, up to 60 s."""
 
 
 class ReplaySettings(Settings):
@@ -401,6 +424,7 @@ class DriftlineSettings(Settings):
     student: StudentSettings = StudentSettings()
     gate: GateSettings = GateSettings()
     serving: ServingSettings = ServingSettings()
+    cadence: CadenceSettings = CadenceSettings()
     replay: ReplaySettings = ReplaySettings()
     ray: RaySettings = RaySettings()
     store: StoreSettings = StoreSettings()
