@@ -44,9 +44,18 @@ class Interval:
         """The value, for an interval of a difference."""
         return self.value
 
+    @property
+    def is_known(self) -> bool:
+        """Whether the rows could tell."""
+        return bool(np.isfinite([self.value, self.low, self.high]).all())
+
     def excludes(self, number: float) -> bool:
         """Whether the whole interval lies on one side of ``number``."""
         return self.low > number or self.high < number
+
+    def to_json(self) -> dict[str, float | None]:
+        """Value and bounds; NaN, which JSON lacks, becomes null."""
+        return {name: json_number(value) for name, value in vars(self).items()}
 
 
 class ClusterBootstrap:
@@ -190,6 +199,11 @@ def paired_bootstrap(
     """
     bootstrap = ClusterBootstrap(labels, groups=groups, num_samples=num_samples, seed=seed)
     return bootstrap.paired(metric, first, second)
+
+
+def json_number(value: float | None) -> float | None:
+    """The number, or null where there is none."""
+    return None if value is None or not np.isfinite(value) else float(value)
 
 
 def percentile_interval(value: float, samples: FloatArray) -> Interval:
