@@ -241,6 +241,8 @@ class ObjectiveSettings(Settings):
     temperature: PositiveFloat = 2.0
     tau_squared: bool = True
     """Multiply the soft loss by t^2, so that its gradient does not fade with t."""
+    divergence: Literal["kl", "reverse_kl", "logit_mse"] = "kl"
+    """``kl`` is KL(teacher || student); ``reverse_kl`` the paper's literal order of arguments."""
 
 
 class SelfTrainingSettings(StageSettings):
@@ -257,6 +259,8 @@ class TeacherSettings(Settings):
     """One tower over every feature as ``name: value``; trained once (papers.md S0.5-S0.8)."""
 
     encoder: Encoder = ConfigEncoder()
+    columns: tuple[str, ...] | None = None
+    """Frame columns it reads beside the text, such as ``ad__ctr_24h``; all when not given."""
     mlm: StageSettings | None = StageSettings()
     supervised: StageSettings = StageSettings(num_epochs=2)
 
@@ -272,8 +276,8 @@ class HeadSettings(Settings):
 class ArmsRefreshSettings(Settings):
     """The slow refresh: MLM, distillation, fine-tuning, self-training (papers.md S0.33)."""
 
-    window_hours: PositiveInt | None = None
-    """Length of the fine-tuning window; all of the matured log when not given."""
+    window_hours: PositiveInt = 168
+    """Length of the window of recent rows for fine-tuning."""
     mlm: StageSettings | None = StageSettings()
     distil: StageSettings | None = StageSettings(num_epochs=2)
     objective: ObjectiveSettings = ObjectiveSettings()
@@ -289,6 +293,8 @@ class HeadRefreshSettings(Settings):
     """Length of the training window."""
     replay_share: Annotated[float, Field(ge=0)] = 1.0
     """Rows drawn from before the window, as a multiple of the window's rows."""
+    replay_hours: PositiveInt = 168
+    """How far before the window those rows may lie."""
     warm_start: bool = True
     """Continue from the champion's head; else start from the arms refresh's head."""
     objective: ObjectiveSettings = ObjectiveSettings(alpha=0.1)
@@ -336,6 +342,8 @@ class ServingSettings(Settings):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(gt=0, lt=65536)] = 8700
     num_replicas: PositiveInt = 1
+    num_cpus_per_replica: NonNegativeFloat = 0
+    """CPUs that Ray reserves for each replica; raise it on a cluster so that replicas spread."""
     max_ads_per_request: PositiveInt = 1_000
     unknown_product: Literal["encode", "neutral"] = "neutral"
     """``encode`` runs the arms for a product of the catalogue that the cache lacks; ``neutral``
