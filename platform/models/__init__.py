@@ -1,0 +1,1 @@
+"""The models: teacher tower, twin-arm student, unfactorised student, baseline, and their sizes."""

@@ -1,0 +1,139 @@
+"""Text encoders from ``transformers``, and the masked-language head that pre-trains them.
+
+Shape suffixes: B sequences, T tokens, H hidden width, K masked positions, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModel, BertConfig, BertModel
+
+from driftline.platform.models.spec import EncoderSpec
+
+NUM_POSITIONS: Final = 512  # BERT's own; at least the longest sequence
+MaskedTexts = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Masked tokens ``[B, T]``, mask of real tokens ``[B, T]``, places ``[K]``, true tokens ``[K]``."""
+
+
+class TextEncoder(nn.Module):
+    """A BERT-like encoder; ``forward`` gives every position, ``cls`` the first one.
+
+    A new model of a checkpoint spec starts from the checkpoint's weights (safetensors only,
+    local files only); its token table grows by the two role markers.
+    """
+
+    def __init__(self, spec: EncoderSpec, *, pretrained: bool = True) -> None:
+        super().__init__()
+        self.spec = spec
+        if spec.architecture is None:
+            self.backbone: nn.Module = BertModel(_bert_config(spec), add_pooling_layer=False)
+        elif spec.checkpoint is not None and pretrained:
+            self.backbone = _load_checkpoint(spec)
+        else:
+            config = AutoConfig.for_model(**spec.architecture)
+            config.vocab_size = spec.vocabulary_size
+            self.backbone = AutoModel.from_config(config, attn_implementation="sdpa")
+        _drop_pooler(self.backbone)
+
+    def forward(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Last layer at every position.
+
+        Args:
+            tokens_BT: Token ids with [CLS] first. ``[B, T]``, int64.
+            mask_BT: True where there is a token. ``[B, T]``, bool.
+
+        Returns:
+            ``[B, T, H]``.
+        """
+        states: Tensor = self.backbone(tokens_BT, attention_mask=mask_BT).last_hidden_state
+        return states
+
+    def cls(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Vector of the [CLS] position. ``[B, H]``."""
+        return self(tokens_BT, mask_BT)[:, 0]
+
+    @property
+    def token_table(self) -> Tensor:
+        """Token embeddings. ``[V, H]``."""
+        embeddings = self.backbone.get_input_embeddings()  # type: ignore[operator]
+        weight = embeddings.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+
+class MaskedLanguageHead(nn.Module):
+    """BERT's prediction head, tied to the token table; dropped after pre-training (S0.8, A0.18)."""
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        super().__init__()
+        self.dense = nn.Linear(spec.hidden_size, spec.hidden_size)
+        self.norm = nn.LayerNorm(spec.hidden_size)
+        self.bias = nn.Parameter(torch.zeros(spec.vocabulary_size))
+        nn.init.normal_(self.dense.weight, std=0.02)
+        nn.init.zeros_(self.dense.bias)
+
+    def forward(self, states_KH: Tensor, table_VH: Tensor) -> Tensor:
+        """Scores of all tokens at the masked positions only. ``[K, V]``."""
+        hidden_KH = self.norm(nn.functional.gelu(self.dense(states_KH)))
+        return nn.functional.linear(hidden_KH, table_VH, self.bias)
+
+
+class MaskedLanguageModel(nn.Module):
+    """Encoders with a shared prediction head, for pre-training only (papers.md S0.7, A0.18)."""
+
+    def __init__(self, encoders: Sequence[TextEncoder]) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleList(encoders)
+        self.predictor = MaskedLanguageHead(encoders[0].spec)
+
+    def forward(self, parts: Sequence[MaskedTexts]) -> Tensor:
+        """Loss at every masked position of all parts, float32. ``[K]``.
+
+        Args:
+            parts: For each encoder in order: masked tokens, mask of real tokens, flat places of
+                the masked positions in ``[B * T]`` and the tokens that stood there. An encoder
+                may have several parts: part n belongs to encoder ``n % len(encoders)``.
+        """
+        losses = []
+        for number, (tokens_BT, mask_BT, place_K, target_K) in enumerate(parts):
+            encoder = self.encoders[number % len(self.encoders)]
+            assert isinstance(encoder, TextEncoder)
+            states_KH = encoder(tokens_BT, mask_BT).flatten(0, 1)[place_K]
+            scores_KV = self.predictor(states_KH, encoder.token_table)
+            losses.append(cross_entropy(scores_KV.float(), target_K, reduction="none"))
+        return torch.cat(losses)
+
+
+def _bert_config(spec: EncoderSpec) -> BertConfig:
+    return BertConfig(
+        vocab_size=spec.vocabulary_size,
+        hidden_size=spec.hidden_size,
+        num_hidden_layers=spec.num_layers,
+        num_attention_heads=spec.num_heads,
+        intermediate_size=4 * spec.hidden_size,
+        max_position_embeddings=max(NUM_POSITIONS, spec.max_tokens),
+        hidden_dropout_prob=spec.dropout,
+        attention_probs_dropout_prob=spec.dropout,
+        pad_token_id=spec.specials.pad,
+        attn_implementation="sdpa",
+    )
+
+
+def _load_checkpoint(spec: EncoderSpec) -> nn.Module:
+    model: nn.Module = AutoModel.from_pretrained(
+        spec.checkpoint,
+        local_files_only=True,
+        use_safetensors=True,
+        attn_implementation="sdpa",
+        dtype=torch.float32,
+    )
+    model.resize_token_embeddings(spec.vocabulary_size, mean_resizing=False)  # type: ignore[operator]
+    return model.train()
+
+
+def _drop_pooler(backbone: nn.Module) -> None:
+    if getattr(backbone, "pooler", None) is not None:
+        backbone.pooler = None  # type: ignore[assignment]
