@@ -37,5 +37,9 @@ class ResourceError(DriftlineError):
     """The cluster cannot give what the settings ask for; without this check Ray waits forever."""
 
 
+class TrainingError(DriftlineError):
+    """Training cannot go on, such as a loss that is no longer a number."""
+
+
 class RequestError(DriftlineError):
     """A scoring request that cannot be answered; becomes HTTP 4xx."""
