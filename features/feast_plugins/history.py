@@ -134,9 +134,21 @@ class History:
 
 
 def newest_rows(
-    source: FeatureSource, columns: Sequence[str], within: tuple[int, int], settings: DuckDbSettings
+    source: FeatureSource,
+    columns: Sequence[str],
+    within: tuple[int, int],
+    settings: DuckDbSettings,
+    *,
+    as_known: bool = False,
 ) -> pa.Table:
     """Newest row of each product in a closed range of event time, by (event, created).
+
+    Args:
+        source: Where the rows are.
+        columns: Feature columns to read.
+        within: First and last event time, in microseconds.
+        settings: What DuckDB may take.
+        as_known: Leave out rows that were written after the end of the range.
 
     Returns:
         The key, ``columns`` and the times in microseconds (``EVENT_US``, ``CREATED_US``); rows
@@ -144,7 +156,9 @@ def newest_rows(
     """
     start_us, end_us = within
     with connect(settings) as connection:
-        history = History(connection, source, columns)
+        history = History(connection, source, columns, as_known=as_known)
         history.advance(end_us, end_us, since_us=start_us)
         history.fold(end_us)
-        return history.table
+        if not (as_known and source.created_column is not None):
+            return history.table
+        return history.table.filter(pc.less_equal(history.table.column(CREATED_US), end_us))

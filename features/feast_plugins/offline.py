@@ -5,18 +5,13 @@ configuration. Feast's own stores either lose or misplace rows (dask, Ray) or jo
 the time to live before they choose one, through one connection for the whole process (DuckDB).
 """
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
-from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 from feast.data_format import ParquetFormat
 from feast.data_source import DataSource
-from feast.errors import SavedDatasetLocationAlreadyExists
 from feast.feature_view import FeatureView
 from feast.infra.offline_stores.duckdb import DuckDBOfflineStore, DuckDBOfflineStoreConfig
 from feast.infra.offline_stores.file_source import FileSource
@@ -24,13 +19,19 @@ from feast.infra.offline_stores.offline_store import RetrievalJob, RetrievalMeta
 from feast.infra.registry.base_registry import BaseRegistry
 from feast.on_demand_feature_view import OnDemandFeatureView
 from feast.repo_config import RepoConfig
-from feast.saved_dataset import SavedDatasetStorage
 from pydantic import PositiveInt, StrictStr
 
 from driftline.features.feast_plugins.asof import Int64s
+from driftline.features.feast_plugins.entities import (
+    event_microseconds,
+    moment,
+    time_column,
+    to_arrow,
+)
 from driftline.features.feast_plugins.errors import FeatureStoreError
 from driftline.features.feast_plugins.history import newest_rows
 from driftline.features.feast_plugins.joins import JoinPlan, ViewJoin, join_features
+from driftline.features.feast_plugins.retrieval import AsofRetrievalJob
 from driftline.features.feast_plugins.scan import (
     UNKNOWN_US,
     DuckDbSettings,
@@ -41,8 +42,6 @@ from driftline.features.feast_plugins.scan import (
     locate,
     to_us,
 )
-
-EVENT_TIMESTAMP = "event_timestamp"
 
 
 class AsofOfflineStoreConfig(DuckDBOfflineStoreConfig):
@@ -59,6 +58,9 @@ class AsofOfflineStoreConfig(DuckDBOfflineStoreConfig):
     """Entity rows joined at a time. Smaller slices take less memory and a little longer."""
     ray: bool = False
     """Join slices as Ray tasks if this process is connected to Ray; otherwise here, same rows."""
+    materialize_as_known: bool = False
+    """Materialise only rows that were written by the end of the window, as a replay of the past
+    needs; otherwise, as in Feast's own stores, a later correction of an older row counts too."""
 
 
 class AsofOfflineStore(DuckDBOfflineStore):
@@ -108,10 +110,10 @@ class AsofOfflineStore(DuckDBOfflineStore):
             _view_join(config, view, feature_refs, full=full_feature_names)
             for view in feature_views
         )
-        entities = _to_arrow(entity_df)
+        entities = to_arrow(entity_df)
         _check_names(entities, views)
-        time_column = _time_column(entities.schema)
-        at_us = _microseconds(entities.column(time_column), time_column)
+        times = time_column(entities.schema)
+        at_us = event_microseconds(entities.column(times), times)
         settings = config.offline_store
         plan = JoinPlan(
             views=views,
@@ -134,9 +136,9 @@ class AsofOfflineStore(DuckDBOfflineStore):
             full_feature_names=full_feature_names,
             metadata=RetrievalMetadata(
                 features=feature_refs,
-                keys=[name for name in entities.column_names if name != time_column],
-                min_event_timestamp=_moment(known.min()) if len(known) else None,
-                max_event_timestamp=_moment(known.max()) if len(known) else None,
+                keys=[name for name in entities.column_names if name != times],
+                min_event_timestamp=moment(int(known.min())) if len(known) else None,
+                max_event_timestamp=moment(int(known.max())) if len(known) else None,
             ),
         )
 
@@ -163,7 +165,13 @@ class AsofOfflineStore(DuckDBOfflineStore):
         within = (to_us(start_date), to_us(end_date))
 
         def run() -> pa.Table:
-            newest = newest_rows(source, columns, within, _duckdb_settings(config))
+            newest = newest_rows(
+                source,
+                columns,
+                within,
+                _duckdb_settings(config),
+                as_known=config.offline_store.materialize_as_known,
+            )
             return newest.select([*join_key_columns, *columns])
 
         return AsofRetrievalJob(run, config=config)
@@ -203,68 +211,6 @@ class AsofOfflineStore(DuckDBOfflineStore):
                 return scan.read(columns, times=[], within=within).read_all()
 
         return AsofRetrievalJob(run, config=config)
-
-
-class AsofRetrievalJob(RetrievalJob):
-    """A planned retrieval; every reading runs it anew, on a connection of its own."""
-
-    def __init__(
-        self,
-        run: Callable[[], pa.Table],
-        *,
-        config: RepoConfig,
-        full_feature_names: bool = False,
-        metadata: RetrievalMetadata | None = None,
-    ) -> None:
-        """Keep ``run`` for later."""
-        super().__init__()
-        self._run = run
-        self._config = config
-        self._full_feature_names = full_feature_names
-        self._metadata = metadata
-
-    @property
-    def full_feature_names(self) -> bool:
-        """Whether columns are called ``view__feature``."""
-        return self._full_feature_names
-
-    @property
-    def on_demand_feature_views(self) -> list[OnDemandFeatureView]:
-        """None: the store refuses them."""
-        return []
-
-    @property
-    def metadata(self) -> RetrievalMetadata | None:
-        """What was asked for; none for a pull."""
-        return self._metadata
-
-    def persist(
-        self,
-        storage: SavedDatasetStorage,
-        allow_overwrite: bool = False,
-        timeout: int | None = None,
-    ) -> None:
-        """Write the result as one Parquet file, complete or not at all."""
-        target = Path(
-            FileSource.get_uri_for_file_path(
-                repo_path=self._config.repo_path, uri=storage.to_data_source().path
-            )
-        )
-        if target.exists() and not allow_overwrite:
-            raise SavedDatasetLocationAlreadyExists(location=str(target))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            pq.write_table(self.to_arrow(timeout=timeout), partial)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    def _to_arrow_internal(self, timeout: int | None = None) -> pa.Table:
-        return self._run()
-
-    def _to_df_internal(self, timeout: int | None = None) -> pd.DataFrame:
-        return self._run().to_pandas()
 
 
 def _spread(entities: pa.Table, at_us: Int64s, plan: JoinPlan) -> pa.Table:
@@ -331,12 +277,6 @@ def _only_key(keys: Sequence[str], what: str) -> str:
     return keys[0]
 
 
-def _to_arrow(entities: pd.DataFrame | pa.Table) -> pa.Table:
-    if isinstance(entities, pa.Table):
-        return entities
-    return pa.Table.from_pandas(entities, preserve_index=False)
-
-
 def _check_names(entities: pa.Table, views: Sequence[ViewJoin]) -> None:
     taken = set(entities.column_names)
     for view in views:
@@ -347,30 +287,3 @@ def _check_names(entities: pa.Table, views: Sequence[ViewJoin]) -> None:
                     "ask for full_feature_names=True or rename the entity column"
                 )
             taken.add(name)
-
-
-def _time_column(schema: pa.Schema) -> str:
-    if EVENT_TIMESTAMP in schema.names:
-        return EVENT_TIMESTAMP
-    times = [name for name in schema.names if pa.types.is_timestamp(schema.field(name).type)]
-    if len(times) != 1:
-        raise FeatureStoreError(
-            f"entity table must have a column {EVENT_TIMESTAMP} or exactly one timestamp, "
-            f"got {', '.join(times) or 'no timestamp'} among {', '.join(schema.names)}"
-        )
-    return times[0]
-
-
-def _microseconds(column: pa.ChunkedArray, name: str) -> Int64s:
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        parsed = pd.to_datetime(column.to_pandas(), utc=True)
-        column = pa.chunked_array([pa.Array.from_pandas(parsed)])
-    if not pa.types.is_timestamp(column.type):
-        raise FeatureStoreError(f"column {name} must hold timestamps, got {column.type}")
-    # A naive time is UTC, and a zone is only a way of writing: the stored number is the same.
-    whole = column.cast(pa.timestamp("us", column.type.tz), safe=False).cast(pa.int64())
-    return np.asarray(whole.fill_null(UNKNOWN_US), np.int64)
-
-
-def _moment(us: np.int64) -> datetime:
-    return pd.Timestamp(int(us), unit="us", tz="UTC").to_pydatetime()

@@ -1,67 +1,39 @@
-"""The online features of one view in memory: one slot per product, read without Feast.
-
-A view's folder holds Arrow files and ``CURRENT``, a small file that names those which count: a
-*base*, sorted by product, and *deltas* with rows that came later. Files never change once they are
-named; a new version is new files and a new ``CURRENT``, put in place by one atomic rename. So a
-reader either sees a version whole or does not see it, and maps the files instead of copying them.
-"""
+"""The online features of one view in memory: one slot per product, read without Feast."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.ipc as ipc
 from numpy.typing import NDArray
 
+from driftline.features.feast_plugins.columns import (
+    Column,
+    Matrix,
+    as_numpy,
+    is_number,
+    matrix_type,
+    side_by_side,
+)
 from driftline.features.feast_plugins.errors import FeatureStoreError
 from driftline.features.feast_plugins.keys import KeyIndex, Keys, Rows, build_key_index
 from driftline.features.feast_plugins.merging import RESERVED, align, newest_by_key
+from driftline.features.feast_plugins.pointer import (
+    Pointer,
+    current_version,
+    read_content,
+    read_part,
+    read_pointer,
+)
 from driftline.features.feast_plugins.scan import CREATED_US, EVENT_US, KEY, UNKNOWN_US
 
-POINTER = "CURRENT"
+__all__ = ["Snapshot", "SnapshotReader", "SnapshotRows", "current_version"]
+
 _ATTEMPTS = 50
-
-Column = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Pointer:
-    """What ``CURRENT`` says."""
-
-    version: str
-    """Grows with every write; no two writes share one."""
-    base: str
-    base_rows: int
-    deltas: tuple[str, ...] = ()
-    delta_rows: int = 0
-
-
-def read_pointer(view_dir: Path) -> Pointer | None:
-    """What counts now; none before the first write."""
-    try:
-        values = json.loads((view_dir / POINTER).read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return Pointer(**{**values, "deltas": tuple(values["deltas"])})
-
-
-def current_version(view_dir: Path) -> str | None:
-    """Version that a reader would open now, in microseconds; none before the first write."""
-    pointer = read_pointer(view_dir)
-    return None if pointer is None else pointer.version
-
-
-def read_part(view_dir: Path, name: str) -> pa.Table:
-    """Map one file of a view."""
-    with pa.memory_map(str(view_dir / name)) as mapped:
-        return ipc.open_file(mapped).read_all()
 
 
 @dataclass(frozen=True)
@@ -69,7 +41,7 @@ class SnapshotRows:
     """Features of the requested products, in the order of the request."""
 
     names: tuple[str, ...]
-    matrix: NDArray[np.floating] | None
+    matrix: Matrix | None
     """``[K, F]``, NaN for what is missing; none if a feature is not a plain number."""
     missing: NDArray[np.bool_]
     """Products that the snapshot does not hold. ``[K]``."""
@@ -106,6 +78,7 @@ class Snapshot:
         self._num_rows = len(base.table)
         self._added: KeyIndex | None = None
         self._place: Rows | None = None
+        self._slots = self._wins = np.empty(0, np.int64)
         self.schema: pa.Schema = base.table.schema
         if late is not None:
             self._merge(late)
@@ -144,7 +117,7 @@ class Snapshot:
                     f"snapshot {pointer.version} in {view_dir} is damaged: {error}; "
                     "remove the folder and materialise the feature view again"
                 ) from error
-        raise FeatureStoreError(f"the files that {view_dir / POINTER} names do not exist")
+        raise FeatureStoreError(f"the files that {view_dir}/CURRENT names do not exist")
 
     @classmethod
     def _load(cls, view_dir: Path, pointer: Pointer, since: Snapshot | None) -> Snapshot:
@@ -169,7 +142,7 @@ class Snapshot:
         slots[added] = np.arange(len(base.table), self._num_rows)
         place = np.arange(self._num_rows)
         place[slots] = len(base.table) + wins
-        self._place = place
+        self._place, self._slots, self._wins = place, slots, wins
         if added.any():
             keys = late.column(KEY).take(pa.array(wins[added]))
             self._added = build_key_index(keys.combine_chunks())
@@ -212,7 +185,7 @@ class Snapshot:
         self._type(name)
         return self._once((name,), lambda: self._to_numpy(name))
 
-    def matrix(self, names: Sequence[str]) -> NDArray[np.floating]:
+    def matrix(self, names: Sequence[str]) -> Matrix:
         """Features side by side over all slots, built once per version. ``[N, F]``.
 
         ``float32``, or ``float64`` where a feature needs it.
@@ -238,28 +211,39 @@ class Snapshot:
         rows = self.rows(keys)
         missing = rows < 0
         times = self._times.take(rows, mode="wrap")
-        if names and all(_is_number(self._type(name)) for name in names):
+        if self._all_numbers(names):
             matrix = self._padded_matrix(names).take(rows, axis=0, mode="wrap")
             return SnapshotRows(names, matrix, missing, times)
-        columns = {name: _as_numpy(self._arrow(name, rows)) for name in names}
+        columns = {name: as_numpy(self._arrow(name, rows)) for name in names}
         return SnapshotRows(names, None, missing, times, columns)
 
-    def _padded_matrix(self, names: tuple[str, ...]) -> NDArray[np.floating]:
-        for name in names:
-            if not _is_number(self._type(name)):
-                raise FeatureStoreError(
-                    f"feature {name} is {self._type(name)}, not a number; read it with column()"
-                )
+    def _padded_matrix(self, names: tuple[str, ...]) -> Matrix:
+        """The matrix with one more row of NaN, which -1 finds."""
+        made = self._made.get(("", *names))
+        if made is None:
+            kinds = [self._type(name) for name in names]
+            for name, kind in zip(names, kinds, strict=True):
+                if not is_number(kind):
+                    raise FeatureStoreError(
+                        f"feature {name} is {kind}, not a number; read it with column()"
+                    )
+            made = self._once(("", *names), lambda: self._build_matrix(names, matrix_type(kinds)))
+        return made
 
-        def build() -> Column:
-            columns = [self._to_numpy(name) for name in names]
-            dtype = np.result_type(np.float32, *(column.dtype for column in columns))
-            matrix = np.full((len(self) + 1, len(names)), np.nan, dtype)
-            for place, column in enumerate(columns):
-                matrix[:-1, place] = column
-            return matrix
+    def _build_matrix(self, names: tuple[str, ...], dtype: np.dtype[np.floating]) -> Matrix:
+        base = self._base.padded_matrix(names, dtype)
+        if self._late is None:
+            return base
+        # After a small write this is a copy in memory and a few rows, not a new reading.
+        matrix = np.empty((len(self) + 1, len(names)), dtype)
+        matrix[: len(base) - 1], matrix[-1] = base[:-1], np.nan
+        matrix[self._slots] = side_by_side(self._late.take(pa.array(self._wins)), names, dtype)
+        return matrix
 
-        return self._once(("", *names), build)
+    def _all_numbers(self, names: tuple[str, ...]) -> bool:
+        if ("", *names) in self._made:
+            return True
+        return bool(names) and all(is_number(self._type(name)) for name in names)
 
     def _once(self, name: tuple[str, ...], build: Callable[[], Column]) -> Column:
         made = self._made.get(name)
@@ -288,7 +272,7 @@ class Snapshot:
         return pa.concat_tables([align(_only(part, name), schema) for part in stacked]).column(name)
 
     def _to_numpy(self, name: str) -> Column:
-        values = _as_numpy(self._stacked(name))
+        values = as_numpy(self._stacked(name))
         return values if self._place is None else values[self._place]
 
     def _arrow(self, name: str, rows: Rows) -> pa.ChunkedArray:
@@ -302,14 +286,19 @@ class SnapshotReader:
     def __init__(self, view_dir: Path) -> None:
         """Open nothing yet."""
         self.view_dir = view_dir
-        self._snapshot: Snapshot | None = None
+        self._folder = str(view_dir)
+        self._last: tuple[bytes, Snapshot] | None = None
 
     def current(self) -> Snapshot | None:
-        """The current version; none before the first write."""
-        if current_version(self.view_dir) is None:
+        """The current version; none before the first write. Costs microseconds if none is new."""
+        content, last = read_content(self._folder), self._last
+        if content is None:
             return None
-        self._snapshot = Snapshot.open(self.view_dir, since=self._snapshot)
-        return self._snapshot
+        if last is not None and last[0] == content:
+            return last[1]
+        snapshot = Snapshot.open(self.view_dir, since=None if last is None else last[1])
+        self._last = (content, snapshot)
+        return snapshot
 
 
 class _Base:
@@ -320,6 +309,16 @@ class _Base:
         self.index: KeyIndex = build_key_index(table.column(KEY).combine_chunks())
         self._event_us = table.column(EVENT_US).to_numpy()
         self._created_us = table.column(CREATED_US).to_numpy()
+        self._matrices: dict[tuple[str, ...], Matrix] = {}
+
+    def padded_matrix(self, names: tuple[str, ...], dtype: np.dtype[np.floating]) -> Matrix:
+        """Features of all products, and a last row of NaN; kept for the versions to come."""
+        wanted = (dtype.name, *names)
+        if wanted not in self._matrices:
+            matrix = np.full((len(self.table) + 1, len(names)), np.nan, dtype)
+            matrix[:-1] = side_by_side(self.table, names, dtype)
+            self._matrices[wanted] = matrix
+        return self._matrices[wanted]
 
     def not_newer(self, slots: Rows, late: pa.Table) -> NDArray[np.bool_]:
         """Whether a late row replaces the base row at its slot; of equal ones, it does."""
@@ -332,34 +331,3 @@ class _Base:
 
 def _only(table: pa.Table, name: str) -> pa.Table:
     return table.select([name] if name in table.column_names else [KEY])
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)
-
-
-def _as_numpy(values: pa.ChunkedArray) -> Column:
-    kind = values.type
-    if _is_number(kind):
-        if pa.types.is_boolean(kind):
-            values = values.cast(pa.int8())
-        return values.to_numpy()
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return _list_column(values)
-    return np.array(values.to_pylist(), object)
-
-
-def _list_column(values: pa.ChunkedArray) -> Column:
-    """Lists as ``[N, D]`` if all have one length, else one array (or ``None``) per row."""
-    column = values.combine_chunks()
-    if isinstance(column, pa.ChunkedArray):
-        column = pa.concat_arrays(column.chunks)
-    flat = column.flatten().to_numpy(zero_copy_only=False)
-    if len(column) and not column.null_count and len(flat) % len(column) == 0:
-        lengths = np.asarray(column.value_lengths())
-        if (lengths == lengths[0]).all():
-            return flat.reshape(len(column), -1)
-    found = np.empty(len(column), object)
-    for row, value in enumerate(column):
-        found[row] = value.values.to_numpy(zero_copy_only=False) if value.is_valid else None
-    return found

@@ -6,15 +6,13 @@ base they are merged into a new one. Files of the version before the current one
 has mapped an older file keeps it: its name is gone but the system keeps its pages.
 """
 
-import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.ipc as ipc
@@ -22,8 +20,8 @@ from filelock import FileLock, Timeout
 
 from driftline.features.feast_plugins.errors import FeatureStoreError
 from driftline.features.feast_plugins.merging import newest_by_key
+from driftline.features.feast_plugins.pointer import POINTER, Pointer, read_part, read_pointer
 from driftline.features.feast_plugins.scan import KEY
-from driftline.features.feast_plugins.snapshot import POINTER, Pointer, read_part, read_pointer
 
 _MIN_DELTA_ROWS = 1_000
 _MAX_DELTAS = 32
@@ -122,18 +120,12 @@ class SnapshotWriter:
 
     def _publish(self, pointer: Pointer) -> None:
         partial = self.view_dir / f".{pointer.version}.partial"
-        with partial.open("w") as file:
-            json.dump(asdict(pointer), file)
+        with partial.open("wb") as file:
+            file.write(pointer.to_json())
             self._sync(file)
         partial.replace(self.view_dir / POINTER)
-        if self._durable:
-            folder = os.open(self.view_dir, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
 
-    def _sync(self, file: IO[Any]) -> None:
+    def _sync(self, file: IO[bytes]) -> None:
         file.flush()
         if self._durable:
             os.fsync(file.fileno())
