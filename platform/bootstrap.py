@@ -29,6 +29,8 @@ Metric = Literal["auc", "mean_auc", "ne", "calibration"]
 
 WEIGHTS_AT_ONCE = 2_000_000
 """Rows times resamples held in memory together."""
+WEIGHTS_KEPT = 4_000_000
+"""Clusters times resamples up to which the weights are drawn once and kept."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class ClusterBootstrap:
         self.num_clusters = int(self.codes_N.max()) + 1 if num_rows else 0
         self.num_samples = num_samples
         self.seed = seed
+        self._kept: list[NDArray[np.int32]] | None = None
 
     def measure(self, metric: Metric, predictions: ArrayLike) -> float:
         """The measure on the rows as they are."""
@@ -134,6 +137,13 @@ class ClusterBootstrap:
 
     def _weights(self) -> Iterator[NDArray[np.int32]]:
         """How often each cluster is drawn, some resamples at a time. ``[*, K]``."""
+        if self.num_clusters * self.num_samples > WEIGHTS_KEPT:
+            return self._draw()
+        if self._kept is None:
+            self._kept = list(self._draw())
+        return iter(self._kept)
+
+    def _draw(self) -> Iterator[NDArray[np.int32]]:
         rng = np.random.default_rng(self.seed)
         at_once = max(1, WEIGHTS_AT_ONCE // max(1, len(self.labels_N)))
         for start in range(0, self.num_samples, at_once):
