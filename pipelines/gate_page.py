@@ -6,16 +6,16 @@ from pathlib import Path
 import jinja2
 
 from driftline.pipelines.judge import describe_window
-from driftline.pipelines.verdict import Check, GateVerdict
+from driftline.pipelines.verdict import Check, GateVerdict, verdict_json
 from driftline.platform.artefacts import whole_file, write_json
 
 
 def write_gate_page(verdict: GateVerdict, destination: Path, *, title: str | None = None) -> Path:
-    """One HTML page that explains the decision by itself, and the same as JSON beside it.
+    """One HTML page that explains the decision by itself, and the same as JSON.
 
     Args:
         verdict: From ``judge``.
-        destination: The page, ``*.html``; the JSON file has the same name.
+        destination: The page, ``NAME.html``; the JSON is ``verdicts/NAME.json`` beside it.
         title: What was judged, for the top line.
     """
     page = (
@@ -30,7 +30,7 @@ def write_gate_page(verdict: GateVerdict, destination: Path, *, title: str | Non
             },
         )
     )
-    write_json(destination.with_suffix(".json"), verdict.to_json())
+    write_json(destination.parent / "verdicts" / f"{destination.stem}.json", verdict_json(verdict))
     with whole_file(destination) as scratch:
         scratch.write_text(page)
     return destination

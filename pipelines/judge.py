@@ -133,8 +133,11 @@ def _usable(champion: ArrayLike | None) -> FloatArray | None:
 
 def _probabilities(challenger_N: FloatArray) -> Check:
     wrong = ~_is_probability(challenger_N)
-    sentence = f"{wrong.sum():,} of {len(wrong):,} predictions are not between 0 and 1"
-    return Check("probabilities", "failed" if wrong.any() else "passed", sentence)
+    if not wrong.any():
+        said = f"all {len(wrong):,} predictions lie between 0 and 1"
+        return Check("probabilities", "passed", said)
+    said = f"{wrong.sum():,} of {len(wrong):,} predictions are not between 0 and 1"
+    return Check("probabilities", "failed", said)
 
 
 class _Evidence:

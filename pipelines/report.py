@@ -22,7 +22,7 @@ from driftline.pipelines.report_plots import (
     draw_staleness,
 )
 from driftline.pipelines.report_rows import moment
-from driftline.pipelines.report_style import COLOURS, LABELS, Picture
+from driftline.pipelines.report_style import COLOURS, LABELS, PAGE_COLOURS, Picture
 from driftline.pipelines.report_words import (
     describe_absent,
     describe_findings,
@@ -85,7 +85,7 @@ def build_report(
         "refreshes": [dict(r, when=moment(r["as_of"])) for r in replay.get("refreshes", ())],
         "made_at": made_at,
         "labels": LABELS,
-        "colours": COLOURS,
+        "colours": {name: PAGE_COLOURS.get(each, each) for name, each in COLOURS.items()},
         "every": every_words(figures.costs),
         "absent": describe_absent(figures.absent),
         "window": window_words(figures.verdict_window),

@@ -65,7 +65,13 @@ STYLE: Final = {
     "svg.fonttype": "none",
     "svg.hashsalt": "driftline",
 }
-PAGE_COLOURS: Final = {INK: "var(--ink)", SOFT: "var(--soft)", LINE: "var(--line)", PAPER: "none"}
+PAGE_COLOURS: Final = {
+    INK: "var(--ink)",
+    SOFT: "var(--soft)",
+    LINE: "var(--line)",
+    PAPER: "none",
+    COLOURS["refreshed"]: "var(--refreshed)",  # brighter on a dark page
+}
 
 
 class Picture:

@@ -53,18 +53,19 @@ class GateVerdict:
     window: Window | None
     settings: GateSettings
 
-    def to_json(self) -> dict[str, Any]:
-        """All of it as plain JSON."""
-        return {
-            "promote": self.promote,
-            "reasons": list(self.reasons),
-            "window": str(self.window) if self.window else None,
-            "has_champion": self.has_champion,
-            "figures": {name: json_number(value) for name, value in self.figures.items()},
-            "checks": [_check_json(check) for check in self.checks],
-            "slices": [_slice_json(part) for part in self.slices],
-            "settings": self.settings.model_dump(mode="json"),
-        }
+
+def verdict_json(verdict: GateVerdict) -> dict[str, Any]:
+    """All of it as plain JSON; NaN becomes null."""
+    return {
+        "promote": verdict.promote,
+        "reasons": list(verdict.reasons),
+        "window": str(verdict.window) if verdict.window else None,
+        "has_champion": verdict.has_champion,
+        "figures": {name: json_number(value) for name, value in verdict.figures.items()},
+        "checks": [_check_json(check) for check in verdict.checks],
+        "slices": [_slice_json(part) for part in verdict.slices],
+        "settings": verdict.settings.model_dump(mode="json"),
+    }
 
 
 def _check_json(check: Check) -> dict[str, Any]:

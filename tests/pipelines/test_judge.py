@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from driftline.pipelines.gate_page import write_gate_page
 from driftline.pipelines.judge import judge
-from driftline.pipelines.verdict import GateVerdict
+from driftline.pipelines.verdict import GateVerdict, verdict_json
 from driftline.platform.metrics import FloatArray, roc_auc, sigmoid
 from driftline.platform.settings import GateSettings
 from driftline.platform.windows import Window
@@ -199,7 +199,7 @@ def test_slices_are_reported_and_do_not_decide(market: Market) -> None:
 
 def test_the_same_seed_gives_the_same_verdict(market: Market) -> None:
     champion, challenger = market.predict(noise=0.2), market.predict(noise=0.4)
-    once, again = (market.judge(champion, challenger).to_json() for _ in range(2))
+    once, again = (verdict_json(market.judge(champion, challenger)) for _ in range(2))
     assert once == again
 
 
@@ -222,8 +222,8 @@ def test_the_page_explains_itself_and_stands_alone(market: Market, tmp_path: Pat
     assert "http" not in page
     assert "<script" not in page
     assert len(page) < 20_000
-    beside = json.loads((tmp_path / "gate" / "aa11.json").read_text())
-    assert beside == json.loads(json.dumps(verdict.to_json()))
+    beside = json.loads((tmp_path / "gate" / "verdicts" / "aa11.json").read_text())
+    assert beside == json.loads(json.dumps(verdict_json(verdict)))
     assert beside["promote"] is False
 
 
@@ -232,7 +232,7 @@ def test_the_page_of_a_first_or_unjudged_bundle_has_no_gaps(tmp_path: Path) -> N
     page = write_gate_page(few.judge(None, few.predict(noise=0)), tmp_path / "first.html")
     assert "The challenger was promoted" in page.read_text()
     assert "nan" not in page.read_text().lower().replace("finance", "")
-    assert "NaN" not in (tmp_path / "first.json").read_text()
+    assert "NaN" not in (tmp_path / "verdicts" / "first.json").read_text()
 
 
 def test_the_window_is_shortened_only_within_a_day(market: Market) -> None:
