@@ -10,7 +10,6 @@ from typing import Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from driftline.platform.examples import Ragged
 from driftline.platform.models.student import TokenGroup
@@ -146,12 +145,3 @@ def frame_tokens(
     ids_BT[np.arange(len(rows)), len(prefix) + lengths] = sep
     mask_BT = np.arange(ids_BT.shape[1]) <= (len(prefix) + lengths)[:, None]
     return torch.from_numpy(ids_BT), torch.from_numpy(mask_BT)
-
-
-def to_device(value: object, device: torch.device) -> object:
-    """Move the tensors of a nested structure."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, list | tuple):
-        return [to_device(part, device) for part in value]
-    return value

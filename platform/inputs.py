@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from driftline.platform.batching import Rows, frame_tokens, length_groups, to_device
+from driftline.platform.batching import Rows, frame_tokens, length_groups
+from driftline.platform.devices import to_device
 from driftline.platform.errors import ContractError
 from driftline.platform.examples import (
     Float32,

@@ -393,6 +393,8 @@ class RaySettings(Settings):
 
     address: str | None = None
     num_cpus: PositiveInt | None = None
+    num_cpus_per_worker: PositiveFloat | None = None
+    """Processors of one training worker; an even share of the largest node when not given."""
     num_gpus_per_worker: NonNegativeFloat = 0
     teacher_workers: PositiveInt = 1
 
@@ -508,27 +510,34 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         raise SettingsError(f"--set needs the form a.b=value, got {override!r}")
     node: Any = raw
     for key in keys[:-1]:
-        node = node[int(key)] if isinstance(node, list) and key.isdigit() else _enter(node, key)
-        if not isinstance(node, dict | list):
-            raise SettingsError(f"--set {path}: {key!r} is a value ({node!r}), not a section")
+        node = _enter(node, key, path=path)
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise SettingsError(f"--set {path}: value {text!r} is not YAML") from error
     if isinstance(node, list):
-        if not keys[-1].isdigit() or int(keys[-1]) >= len(node):
-            raise SettingsError(f"--set {path}: {keys[-1]!r} is no index of a list of {len(node)}")
-        node[int(keys[-1])] = value
+        node[_index(node, keys[-1], path=path)] = value
     else:
         node[keys[-1]] = value
 
 
-def _enter(node: Any, key: str) -> Any:
-    if not isinstance(node, dict):
-        raise SettingsError(f"--set: {key!r} is no index of a list")
-    if node.get(key) is None:
-        node[key] = {}
-    return node[key]
+def _enter(node: Any, key: str, *, path: str) -> Any:
+    """The section below ``node``, made if there is none."""
+    if isinstance(node, list):
+        inside = node[_index(node, key, path=path)]
+    else:
+        if node.get(key) is None:
+            node[key] = {}
+        inside = node[key]
+    if not isinstance(inside, dict | list):
+        raise SettingsError(f"--set {path}: {key!r} is a value ({inside!r}), not a section")
+    return inside
+
+
+def _index(node: list[Any], key: str, *, path: str) -> int:
+    if not key.isdigit() or int(key) >= len(node):
+        raise SettingsError(f"--set {path}: {key!r} is no index of a list of {len(node)}")
+    return int(key)
 
 
 def _describe(detail: Any) -> str:

@@ -16,6 +16,7 @@ from torch import nn
 
 from driftline.platform.artefacts import hash_file, hash_value, read_json, write_json
 from driftline.platform.checkpoints import CheckpointFolder, load_weights, save_weights
+from driftline.platform.devices import choose_device
 from driftline.platform.errors import EmptyWindowError
 from driftline.platform.examples import open_tokens
 from driftline.platform.inputs import ClickInputs, open_inputs
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT: Final = 1  # raise when the same job would give other weights
 MLM_PARTS: Final = ("encoder.", "arms.")
+PATHS: Final = ("examples", "output", "checkpoints", "validation", "texts", "vectors")
 
 
 @dataclass(frozen=True)
@@ -83,21 +85,28 @@ class StageJob:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for a Ray worker; the inverse of ``from_json``."""
-        raw = asdict(self)
-        raw["model"] = self.model.model_dump(mode="json")
-        raw["stage"] = self.stage.model_dump(mode="json")
-        raw["objective"] = self.objective and self.objective.model_dump(mode="json")
+        """Plain values with absolute paths, for a worker elsewhere; inverse of ``from_json``."""
+        raw = asdict(self) | {
+            "model": self.model.model_dump(mode="json"),
+            "stage": self.stage.model_dump(mode="json"),
+            "objective": self.objective and self.objective.model_dump(mode="json"),
+            "initial": [str(path.absolute()) for path in self.initial],
+        }
+        for name in PATHS:
+            raw[name] = raw[name] and str(raw[name].absolute())
         return raw
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "StageJob":
         """Read what ``to_json`` gave."""
-        values = dict(raw)
-        values["model"] = parse_spec(raw["model"])
-        values["stage"] = StageSettings.model_validate(raw["stage"])
-        if raw["objective"] is not None:
-            values["objective"] = ObjectiveSettings.model_validate(raw["objective"])
+        objective = raw["objective"]
+        values = dict(raw) | {
+            "model": parse_spec(raw["model"]),
+            "stage": StageSettings.model_validate(raw["stage"]),
+            "objective": objective and ObjectiveSettings.model_validate(objective),
+            "initial": tuple(Path(path) for path in raw["initial"]),
+            **{name: raw[name] and Path(raw[name]) for name in PATHS},
+        }
         return cls(**values)
 
 
@@ -172,13 +181,6 @@ def run_stage(
         _write(job, model, result, identity)
     workers.all_sum(np.zeros(1), device)  # nobody returns before the result is on disk
     return result
-
-
-def choose_device() -> torch.device:
-    """The accelerator this process was given, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 def _make_task(job: StageJob, workers: Workers) -> Task:

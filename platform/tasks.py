@@ -13,7 +13,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from driftline.platform.batching import Rows, by_length, to_device
+from driftline.platform.batching import Rows, by_length
+from driftline.platform.devices import to_device
 from driftline.platform.examples import TokenRows
 from driftline.platform.inputs import ClickInputs, frame_texts
 from driftline.platform.metrics import roc_auc

@@ -4,11 +4,11 @@ Shape suffixes: B sequences, T tokens, H hidden width, K masked positions, V voc
 """
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, gelu, linear, scaled_dot_product_attention
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel
 
 from driftline.platform.models.spec import EncoderSpec
@@ -52,8 +52,19 @@ class TextEncoder(nn.Module):
         return states
 
     def cls(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """Vector of the [CLS] position. ``[B, H]``."""
-        return self(tokens_BT, mask_BT)[:, 0]
+        """Vector of the [CLS] position. ``[B, H]``.
+
+        A BERT's last layer is computed for that one position, which saves most of its work; the
+        result is that of ``forward``.
+        """
+        if not isinstance(self.backbone, BertModel):
+            return self(tokens_BT, mask_BT)[:, 0]
+        *layers, last = self.backbone.encoder.layer
+        states_BTH = self.backbone.embeddings(input_ids=tokens_BT)
+        visible_B11T = mask_BT[:, None, None, :]
+        for layer in layers:
+            states_BTH = layer(states_BTH, attention_mask=visible_B11T)
+        return _first_position(last, states_BTH, visible_B11T)
 
     @property
     def token_table(self) -> Tensor:
@@ -77,8 +88,8 @@ class MaskedLanguageHead(nn.Module):
 
     def forward(self, states_KH: Tensor, table_VH: Tensor) -> Tensor:
         """Scores of all tokens at the masked positions only. ``[K, V]``."""
-        hidden_KH = self.norm(nn.functional.gelu(self.dense(states_KH)))
-        return nn.functional.linear(hidden_KH, table_VH, self.bias)
+        hidden_KH = self.norm(gelu(self.dense(states_KH)))
+        return linear(hidden_KH, table_VH, self.bias)
 
 
 class MaskedLanguageModel(nn.Module):
@@ -116,10 +127,31 @@ def _bert_config(spec: EncoderSpec) -> BertConfig:
         intermediate_size=4 * spec.hidden_size,
         max_position_embeddings=max(NUM_POSITIONS, spec.max_tokens),
         hidden_dropout_prob=spec.dropout,
-        attention_probs_dropout_prob=spec.dropout,
+        attention_probs_dropout_prob=spec.attention_dropout,
         pad_token_id=spec.specials.pad,
         attn_implementation="sdpa",
     )
+
+
+def _first_position(layer: nn.Module, states_BTH: Tensor, visible_B11T: Tensor) -> Tensor:
+    """One BERT layer at position 0, which attends to all positions. ``[B, H]``."""
+    attention: Any = layer.attention
+    own: Any = attention.self
+    first_B1H = states_BTH[:, :1]
+
+    def heads(states: Tensor) -> Tensor:
+        return states.view(*states.shape[:2], -1, own.attention_head_size).transpose(1, 2)
+
+    mixed = scaled_dot_product_attention(
+        heads(own.query(first_B1H)),
+        heads(own.key(states_BTH)),
+        heads(own.value(states_BTH)),
+        attn_mask=visible_B11T,
+        dropout_p=own.dropout.p if own.training else 0.0,
+    )
+    mixed_B1H = attention.output(mixed.transpose(1, 2).flatten(2), first_B1H)
+    whole: Tensor = layer.feed_forward_chunk(mixed_B1H)  # type: ignore[operator]
+    return whole[:, 0]
 
 
 def _load_checkpoint(spec: EncoderSpec) -> nn.Module:

@@ -29,6 +29,8 @@ class EncoderSpec(Settings):
     max_tokens: PositiveInt
     """Longest sequence, [CLS], role and [SEP] included; longer texts are cut."""
     dropout: Dropout = 0.1
+    attention_dropout: Dropout = 0.0
+    """Off, unlike BERT's 0.1: it keeps PyTorch's fused attention from being used."""
     specials: SpecialTokens = SpecialTokens()
     architecture: dict[str, Any] | None = None
     """``config.json`` of a checkpoint; a plain BERT when not given."""
