@@ -12,6 +12,7 @@ import pyarrow as pa
 from feast import Entity, FeatureService, FeatureView, Field, FileSource, Project, ValueType
 from feast.types import Float32, Int64, String
 
+from driftline.features.paths import project_name
 from driftline.features.views import JOIN_KEYS, TEXT_ID, View, feature_views
 from driftline.platform.columns import PRODUCT_ALIASES, TEXT_ID_COLUMNS, head_columns
 from driftline.platform.errors import SettingsError
@@ -41,11 +42,6 @@ _ALIASES: Final = {
 }
 
 FeastObject: TypeAlias = "Entity | FeatureView | FeatureService"
-
-
-def project_name(settings: DriftlineSettings) -> str:
-    """The market's name as Feast allows it."""
-    return settings.name.replace("-", "_")
 
 
 def feast_objects(settings: DriftlineSettings, *, key_type: pa.DataType) -> list[FeastObject]:

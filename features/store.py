@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any, Final
 
 import duckdb
@@ -21,7 +20,8 @@ import pyarrow.parquet as pq
 from feast import FeatureStore
 from feast.repo_config import RepoConfig
 
-from driftline.features.definitions import VERSION_TAG, feast_objects, feast_project, project_name
+from driftline.features.definitions import VERSION_TAG, feast_objects, feast_project
+from driftline.features.paths import materialized_path, online_folder, project_name
 from driftline.features.sources import hour_fingerprints
 from driftline.features.views import View, feature_views
 from driftline.platform.artefacts import read_json, write_json
@@ -45,11 +45,6 @@ class MaterializeReport:
     seconds: float
     views: Mapping[str, str]
     """By view: ``unchanged``, ``added`` (only what was new) or ``rebuilt``."""
-
-
-def online_folder(settings: DriftlineSettings) -> Path:
-    """Folder of the embedded online store; one folder a view below it."""
-    return Workspace.of(settings).features / "online" / project_name(settings)
 
 
 def feature_view_versions(settings: DriftlineSettings) -> dict[str, str]:
@@ -82,6 +77,7 @@ def open_store(settings: DriftlineSettings) -> FeatureStore:
             "threads": settings.store.threads,
             "memory_limit": settings.store.memory_limit,
             "ray": settings.ray.address is not None,
+            "materialize_as_known": True,
         },
         online_store=online,
         batch_engine=engine,
@@ -159,7 +155,7 @@ def materialize(settings: DriftlineSettings, *, as_of: datetime) -> MaterializeR
     """
     started = time.monotonic()
     store = open_store(settings)
-    state_path = Workspace.of(settings).features / "materialized.json"
+    state_path = materialized_path(settings)
     state = read_json(state_path) if state_path.exists() else {}
     applied = {view.name: view for view in store.list_feature_views()}
     done: dict[str, str] = {}

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -122,7 +122,7 @@ def assert_equal_frames(found: pa.Table, expected: Sequence[Row]) -> None:
 
 
 @given(seed=st.integers(0, 10_000), strict=st.booleans())
-@hypothesis_settings(max_examples=6)
+@hypothesis_settings(max_examples=6, phases=[Phase.generate])  # an example takes seconds
 def test_frames_equal_a_walk_over_all_rows(
     seed: int,
     strict: bool,

@@ -1,0 +1,270 @@
+"""Features for one request: the same columns as a frame's row of that moment, in microseconds.
+
+With the embedded store nothing of Feast is loaded: views are immutable snapshots in memory, and
+:meth:`OnlineFeatures.refresh` swaps to newer ones by one assignment. With Redis the values come
+through Feast.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from driftline.features.online_views import (
+    NO_TEXT,
+    FeastLookup,
+    Key,
+    SnapshotLookup,
+    ViewLookup,
+    ViewValues,
+    Wanted,
+)
+from driftline.features.paths import materialized_path, online_folder
+from driftline.features.views import TEXT_ID, View, feature_views
+from driftline.platform.artefacts import read_json
+from driftline.platform.columns import PRODUCT_ALIASES, TEXT_ID_COLUMNS, head_columns
+from driftline.platform.settings import DriftlineSettings
+from driftline.platform.windows import format_time, parse_time
+
+EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+MICROSECOND: Final = timedelta(microseconds=1)
+
+Columns = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class OnlineRead:
+    """Features of one page and B ads at one moment."""
+
+    columns: Columns
+    """Every feature column of a frame, and both text ids. Numbers are float32 with NaN for missing,
+    categories objects with ``None``, text ids int64 with 0. ``[B]`` each."""
+    tiers: Mapping[str, tuple[float, bool]]
+    """By tier: age in seconds of the oldest value used (NaN when none was), and whether it is
+    stale: a value older than the tier allows was used, or all values found had expired."""
+    unknown_page: bool
+    """The page is in no view of products."""
+    unknown_ads: NDArray[np.bool_]
+    """The same for each ad. ``[B]``."""
+
+
+@dataclass(frozen=True)
+class _Version:
+    """What a read sees; never changed, only replaced."""
+
+    lookups: Mapping[str, ViewLookup]
+    as_of: datetime | None
+
+
+class OnlineFeatures:
+    """Reads features for requests; safe to share among threads. Get one by :meth:`open`."""
+
+    def __init__(self, settings: DriftlineSettings) -> None:
+        self._settings = settings
+        self._wanted = _wanted(settings)
+        self._context = [
+            (column.name, column.kind) for column in head_columns(settings) if column.alias is None
+        ]
+        self._category = settings.counters.category
+        self._store: Any = None
+        if settings.store.online == "redis":
+            # Feast takes seconds to import, and the embedded store does not need it.
+            from driftline.features.store import open_store
+
+            self._store = open_store(settings)
+        self._version = self._look(None)
+
+    @classmethod
+    def open(cls, settings: DriftlineSettings) -> "OnlineFeatures":
+        """The newest snapshots; views that were never materialised count as empty."""
+        return cls(settings)
+
+    @property
+    def as_of(self) -> datetime | None:
+        """Moment up to which the store is known to be complete; ``None`` before the first time."""
+        return self._version.as_of
+
+    def refresh(self) -> bool:
+        """Swap to newer snapshots if there are any; whether there were.
+
+        Raises:
+            FeatureStoreError: a snapshot is damaged; the old ones stay.
+        """
+        old = self._version
+        new = self._look(old)
+        changed = new.as_of != old.as_of or any(
+            new.lookups[name] is not lookup for name, lookup in old.lookups.items()
+        )
+        if changed:
+            self._version = new
+        return changed
+
+    def read(
+        self,
+        page: Key,
+        ads: Sequence[Key],
+        *,
+        context: Mapping[str, str | float | None],
+        now: datetime,
+    ) -> OnlineRead:
+        """Features of a page and its ads, as a frame would hold them for a request at ``now``.
+
+        Args:
+            page: Page product.
+            ads: Ad products, in any order, duplicates allowed. ``[B]``.
+            context: Features of the impression itself; those not given are missing.
+            now: Moment of the request, not before ``as_of``.
+        """
+        version = self._version
+        num, now_us = len(ads), (now - EPOCH) // MICROSECOND
+        columns = self._context_columns(context, num)
+        for name in TEXT_ID_COLUMNS:
+            columns[name] = np.full(num, NO_TEXT, np.int64)
+        ages = _Ages()
+        unknown = np.ones(num + 1, bool)
+        keys: list[Key | None] = [page, *ads]
+        for wanted in self._wanted:
+            if wanted.view.entity == "product":
+                values = version.lookups[wanted.view.name].read(keys)
+                unknown &= ~values.known
+                ages.add(wanted.view, values, now_us)
+                _put(columns, "page", wanted, values, np.zeros(num, np.int64))
+                _put(columns, "ad", wanted, values, np.arange(1, num + 1))
+        for wanted in self._wanted:
+            if wanted.view.entity != "product":
+                group, rows = self._category_keys(wanted.view, columns)
+                values = version.lookups[wanted.view.name].read(group)
+                ages.add(wanted.view, values, now_us)
+                alias = "ad_category" if wanted.view.entity == "category" else "category_pair"
+                _put(columns, alias, wanted, values, rows)
+        return OnlineRead(columns, ages.by_tier(), bool(unknown[0]), unknown[1:])
+
+    def status(self, *, now: datetime) -> dict[str, Any]:
+        """What is in memory, JSON-able: completeness, and version and size of each view."""
+        version = self._version
+        as_of = version.as_of
+        return {
+            "as_of": None if as_of is None else format_time(as_of),
+            "seconds_behind": None if as_of is None else (now - as_of).total_seconds(),
+            "views": {
+                wanted.view.name: {
+                    "tier": wanted.view.tier,
+                    "version": version.lookups[wanted.view.name].version(),
+                }
+                for wanted in self._wanted
+            },
+        }
+
+    def _look(self, old: _Version | None) -> _Version:
+        if self._store is not None:
+            lookups: dict[str, ViewLookup] = {
+                wanted.view.name: FeastLookup(wanted, self._store) for wanted in self._wanted
+            }
+            if old is not None:
+                lookups = dict(old.lookups)
+            return _Version(lookups, self._read_as_of())
+        as_of = self._read_as_of()  # before the snapshots, which are then at least as new
+        folder = online_folder(self._settings)
+        lookups = {}
+        for wanted in self._wanted:
+            since = None if old is None else old.lookups[wanted.view.name]
+            assert since is None or isinstance(since, SnapshotLookup)
+            name = wanted.view.name
+            lookups[name] = SnapshotLookup.open(folder / name, wanted, since=since)
+        return _Version(lookups, as_of)
+
+    def _read_as_of(self) -> datetime | None:
+        path = materialized_path(self._settings)
+        state = read_json(path) if path.exists() else {}
+        times = [
+            state[name]["as_of"] for name in (w.view.name for w in self._wanted) if name in state
+        ]
+        return parse_time(min(times)) if len(times) == len(self._wanted) and times else None
+
+    def _context_columns(self, context: Mapping[str, str | float | None], num: int) -> Columns:
+        columns: Columns = {}
+        for name, kind in self._context:
+            value = context.get(name)
+            if kind == "numeric":
+                columns[name] = np.full(num, np.nan if value is None else value, np.float32)
+            else:
+                columns[name] = np.full(num, value, np.object_)
+        return columns
+
+    def _category_keys(
+        self, view: View, columns: Columns
+    ) -> tuple[list[Key | None], NDArray[np.int64]]:
+        """Distinct keys of a category view, and which of them each row has."""
+        page, ad = (columns[f"{alias}__{self._category}"].tolist() for alias in PRODUCT_ALIASES)
+        first = page[0] if page else None
+        places: dict[str | None, int] = {}
+        rows = [places.setdefault(category, len(places)) for category in ad]
+        if view.entity == "category":
+            return list(places), np.array(rows, np.int64)
+        pairs: list[Key | None] = [
+            None if first is None or category is None else f"{first}|{category}"
+            for category in places
+        ]
+        return pairs, np.array(rows, np.int64)
+
+
+class _Ages:
+    """Oldest value used by tier, with expired values made missing on the way."""
+
+    def __init__(self) -> None:
+        self._oldest: dict[str, float] = {}
+        self._stale: dict[str, bool] = {}
+
+    def add(self, view: View, values: ViewValues, now_us: int) -> None:
+        """Apply the time to live of a view and take note of the ages of what is left."""
+        age_us = now_us - values.event_us
+        limit = view.value_freshness // MICROSECOND
+        used, old = values.known, values.known & (age_us > limit)
+        stale = bool(old.any())
+        if stale and view.expires:
+            values.forget(old)
+            used = values.known & ~old
+            stale = not used.any()
+        oldest = float(age_us[used].max()) / 1e6 if used.any() else np.nan
+        self._oldest[view.tier] = float(np.fmax(self._oldest.get(view.tier, np.nan), oldest))
+        self._stale[view.tier] = self._stale.get(view.tier, False) or stale
+
+    def by_tier(self) -> dict[str, tuple[float, bool]]:
+        """Age in seconds (never below 0) and staleness of each tier."""
+        return {
+            tier: (max(age, 0.0) if age == age else age, self._stale[tier])
+            for tier, age in self._oldest.items()
+        }
+
+
+def _put(
+    columns: Columns, alias: str, wanted: Wanted, values: ViewValues, rows: NDArray[np.int64]
+) -> None:
+    """Copy the values of some rows into the columns of an alias."""
+    numbers = values.numbers[rows]
+    for place, name in enumerate(wanted.numbers):
+        columns[f"{alias}__{name}"] = numbers[:, place]
+    for name, column in values.categories.items():
+        columns[f"{alias}__{name}"] = column[rows]
+    if values.text_id is not None:
+        columns[f"{alias}__{TEXT_ID}"] = values.text_id[rows]
+
+
+def _wanted(settings: DriftlineSettings) -> tuple[Wanted, ...]:
+    """What a head reads of each view; views of which it reads nothing are left out."""
+    read = {column.feature for column in head_columns(settings) if column.alias is not None}
+    wanted = []
+    for view in feature_views(settings):
+        numbers = [f.name for f in view.features if f.name in read and _is_number(f)]
+        categories = [f.name for f in view.features if f.name in read and not _is_number(f)]
+        has_text = TEXT_ID in view.features.names
+        if numbers or categories or has_text:
+            wanted.append(Wanted(view, tuple(numbers), tuple(categories), has_text))
+    return tuple(wanted)
+
+
+def _is_number(field: Any) -> bool:
+    return str(field.type) == "float"

@@ -1,0 +1,190 @@
+"""Newest values of one view by key, as arrays: from the embedded snapshot, or through Feast.
+
+Shape suffixes: K requested keys, N keys of a snapshot, F numeric features.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from driftline.features.feast_plugins.snapshot import Snapshot, current_version
+from driftline.features.views import TEXT_ID, View
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
+Key = int | str
+NO_TEXT: Final = 0
+"""Stands for a missing text id; no text has it."""
+
+
+@dataclass(frozen=True)
+class ViewValues:
+    """Values of one view for some keys; arrays may be changed by whoever asked for them."""
+
+    known: NDArray[np.bool_]
+    """Whether the view holds the key at all. ``[K]``."""
+    event_us: NDArray[np.int64]
+    """Event time in microseconds; without meaning where not known. ``[K]``."""
+    numbers: NDArray[np.float32]
+    """NaN where missing. ``[K, F]``."""
+    categories: dict[str, NDArray[np.object_]]
+    """Strings, ``None`` where missing. ``[K]`` each."""
+    text_id: NDArray[np.int64] | None
+    """``NO_TEXT`` where missing. ``[K]``."""
+
+    def forget(self, rows: NDArray[np.bool_]) -> None:
+        """Make the values of some keys missing. ``[K]``."""
+        self.numbers[rows] = np.nan
+        for values in self.categories.values():
+            values[rows] = None
+        if self.text_id is not None:
+            self.text_id[rows] = NO_TEXT
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The features that a head reads of one view; the texts themselves are never loaded."""
+
+    view: View
+    numbers: tuple[str, ...]
+    categories: tuple[str, ...]
+    text_id: bool
+
+
+class ViewLookup(Protocol):
+    """Newest values of a view by key."""
+
+    def read(self, keys: Sequence[Key | None]) -> ViewValues:
+        """Values in the order of ``keys``; unknown keys and ``None`` have none."""
+
+    def version(self) -> str | None:
+        """Changes with every write; ``None`` before the first, or when it cannot be known."""
+
+
+class SnapshotLookup:
+    """One immutable version of a view, in memory."""
+
+    def __init__(self, wanted: Wanted, snapshot: Snapshot | None) -> None:
+        """Arrange the columns for look-ups; the last entry of each answers for missing keys."""
+        self._wanted = wanted
+        self.snapshot = snapshot
+        num = 0 if snapshot is None else len(snapshot)
+        every = np.arange(num)
+        self._event_us = np.zeros(num + 1, np.int64)
+        self._numbers = np.full((num + 1, len(wanted.numbers)), np.nan, np.float32)
+        self._categories: dict[str, tuple[NDArray[np.int32], NDArray[np.object_]]] = {}
+        self._text_id = np.full(num + 1, NO_TEXT, np.int64) if wanted.text_id else None
+        for name in wanted.categories:
+            values = pa.chunked_array([[]], pa.string())
+            if snapshot is not None:
+                values = snapshot.arrow(name, every)
+            self._categories[name] = _coded(values)
+        if snapshot is None:
+            return
+        self._event_us[:-1] = snapshot.event_time_us
+        if wanted.numbers:
+            self._numbers[:-1] = snapshot.matrix(wanted.numbers)
+        if self._text_id is not None:
+            self._text_id[:-1] = np.asarray(snapshot.arrow(TEXT_ID, every).fill_null(NO_TEXT))
+
+    @classmethod
+    def open(
+        cls, folder: Path, wanted: Wanted, *, since: "SnapshotLookup | None" = None
+    ) -> "SnapshotLookup":
+        """The current version of a view's folder, or ``since`` when it is still current."""
+        old = None if since is None else since.snapshot
+        if current_version(folder) is None:
+            return since or cls(wanted, None)
+        snapshot = Snapshot.open(folder, since=old)
+        if since is not None and snapshot is old:
+            return since
+        return cls(wanted, snapshot)
+
+    def version(self) -> str | None:
+        """Version of the snapshot."""
+        return None if self.snapshot is None else self.snapshot.version
+
+    def read(self, keys: Sequence[Key | None]) -> ViewValues:
+        """Values in the order of ``keys``, a few microseconds a column."""
+        rows = np.full(len(keys), -1) if self.snapshot is None else self.snapshot.rows(keys)
+        return ViewValues(
+            known=rows >= 0,
+            event_us=self._event_us[rows],
+            numbers=self._numbers[rows],
+            categories={
+                name: values[codes[rows]] for name, (codes, values) in self._categories.items()
+            },
+            text_id=None if self._text_id is None else self._text_id[rows],
+        )
+
+
+class FeastLookup:
+    """A view read through Feast's own ``get_online_features``: any online store, slowly."""
+
+    def __init__(self, wanted: Wanted, store: "FeatureStore") -> None:
+        """Keep the store; nothing is read yet."""
+        self._wanted = wanted
+        self._store = store
+
+    def version(self) -> str | None:
+        """Unknown: Feast's stores do not tell when they were written."""
+        return None
+
+    def read(self, keys: Sequence[Key | None]) -> ViewValues:
+        """Values in the order of ``keys``; milliseconds a call."""
+        wanted = self._wanted
+        names = [*wanted.numbers, *wanted.categories, *([TEXT_ID] if wanted.text_id else [])]
+        present = np.array([key is not None for key in keys], bool)
+        found: dict[str, list[Any]] = {name: [None] * len(keys) for name in names}
+        event_us = np.zeros(len(keys), np.int64)
+        known = np.zeros(len(keys), bool)
+        rows = np.flatnonzero(present).tolist()
+        if rows and names:
+            response = self._store.get_online_features(
+                features=[f"{wanted.view.name}:{name}" for name in names],
+                entity_rows=[{wanted.view.join_key: keys[row]} for row in rows],
+            ).proto
+            # Stores disagree on what they report as present; a row of theirs has an event time.
+            for name, result in zip(
+                response.metadata.feature_names.val, response.results, strict=True
+            ):
+                if name not in found:
+                    continue
+                for row, value, moment in zip(
+                    rows, result.values, result.event_timestamps, strict=True
+                ):
+                    micros = moment.ToMicroseconds()
+                    if micros > 0:
+                        known[row], event_us[row] = True, micros
+                        kind = value.WhichOneof("val")
+                        found[name][row] = None if kind is None else getattr(value, kind)
+        numbers = np.full((len(keys), len(wanted.numbers)), np.nan, np.float32)
+        for place, name in enumerate(wanted.numbers):
+            numbers[:, place] = [np.nan if value is None else value for value in found[name]]
+        ids = [NO_TEXT if value is None else value for value in found.get(TEXT_ID, [])]
+        return ViewValues(
+            known=known,
+            event_us=event_us,
+            numbers=numbers,
+            categories={name: _objects(found[name]) for name in wanted.categories},
+            text_id=np.array(ids, np.int64) if wanted.text_id else None,
+        )
+
+
+def _coded(values: pa.ChunkedArray) -> tuple[NDArray[np.int32], NDArray[np.object_]]:
+    """Codes and the strings they stand for; -1, also at the end, stands for a missing one."""
+    encoded = values.combine_chunks().dictionary_encode()
+    codes = np.append(np.asarray(encoded.indices.fill_null(-1)), -1).astype(np.int32)
+    return codes, _objects([*encoded.dictionary.to_pylist(), None])
+
+
+def _objects(values: Sequence[Any]) -> NDArray[np.object_]:
+    array = np.empty(len(values), np.object_)
+    array[:] = values
+    return array
