@@ -7,15 +7,18 @@ inherited by every descendant, so a family is stopped as a whole, and nothing ou
 import logging
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final
 
 import psutil
@@ -27,6 +30,7 @@ logger = logging.getLogger(__name__)
 MARK: Final = "DRIFTLINE_FAMILY"
 GONE: Final = (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied)
 TOLERANCE_SECONDS: Final = 1.0
+LOOK_SECONDS: Final = 0.5
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,29 @@ def _end(processes: Sequence[psutil.Process], patience_seconds: float) -> None:
         except GONE:
             continue
     psutil.wait_procs(alive, timeout=5)
+
+
+def stop_event(*, parent: int | None = None) -> threading.Event:
+    """An event that is set by SIGTERM, by SIGINT, and when ``parent`` is no longer the parent.
+
+    Call it after ``ray.init``, which brings a handler of its own.
+    """
+    stop = threading.Event()
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    def watch() -> None:
+        while not stop.wait(LOOK_SECONDS):
+            if os.getppid() != parent:
+                logger.warning("parent process %s is gone: stopping", parent)
+                stop.set()
+
+    signal.signal(signal.SIGTERM, remember)
+    signal.signal(signal.SIGINT, remember)
+    if parent is not None:
+        threading.Thread(target=watch, name="watch-parent", daemon=True).start()
+    return stop
 
 
 def check_port(host: str, port: int, *, setting: str) -> None:

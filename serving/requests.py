@@ -1,0 +1,240 @@
+"""A scoring request: parsed and checked once, by a pydantic model made from the contract.
+
+Every refusal says which field it is about, what came, and what is allowed. Unknown keys are refused
+everywhere, so that a misspelt feature cannot pass for a missing one.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    create_model,
+)
+
+from driftline.platform.errors import RequestError
+
+Key = int | str
+KeyType = Literal["int64", "string"]
+MAX_KEY_LENGTH: Final = 256
+MAX_SHOWN: Final = 60
+
+EXAMPLE: Final = '{"page_product_id": ..., "ad_product_ids": [...], "context": {...}}'
+
+
+class RefusedRequestError(RequestError):
+    """A request that is answered with an HTTP error; made by :func:`refuse`."""
+
+    status: int = 400
+    code: str = "bad_request"
+    field: str | None = None
+    allowed: Any = None
+    hint: str | None = None
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """What the client gets."""
+        error: dict[str, Any] = {"code": self.code, "message": str(self)}
+        for name in ("field", "allowed", "hint"):
+            if (value := getattr(self, name)) is not None:
+                error[name] = value
+        return {"error": error}
+
+
+def refuse(
+    message: str,
+    *,
+    status: int,
+    code: str,
+    field: str | None = None,
+    allowed: Any = None,
+    hint: str | None = None,
+) -> RefusedRequestError:
+    """The error to raise; a function, because an error class takes only its message."""
+    error = RefusedRequestError(message)
+    error.status, error.code = status, code
+    error.field, error.allowed, error.hint = field, allowed, hint
+    return error
+
+
+@dataclass(frozen=True)
+class ContextFeature:
+    """A column of the impression that the request brings along."""
+
+    name: str
+    kind: Literal["categorical", "numeric"]
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """One page and the ads that compete for it."""
+
+    page: Key
+    ads: tuple[Key, ...]
+    """In the order of the request, duplicates kept."""
+    context: Mapping[str, str | float | None]
+    """Every context feature of the contract; ``None`` for what the request left out."""
+    time: datetime | None = None
+    """Moment to score at, when the request brings its own."""
+
+
+class RequestParser:
+    """Reads the body of ``POST /v1/score`` for one contract.
+
+    Args:
+        key_type: Type of product ids in the log the model was trained on.
+        context: Columns of the impression.
+        max_ads: Largest number of ads in one request.
+        accept_time: Whether a request may say at which moment it wants to be scored.
+    """
+
+    def __init__(
+        self,
+        key_type: KeyType,
+        context: Sequence[ContextFeature],
+        *,
+        max_ads: int,
+        accept_time: bool,
+    ) -> None:
+        self._names = tuple(feature.name for feature in context)
+        self._max_ads = max_ads
+        self._key_words = "an integer" if key_type == "int64" else "a string"
+        key = _key_annotation(key_type)
+        closed = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+        # Numbered attributes with the feature's name as alias: a feature may be called "copy".
+        values: dict[str, Any] = {
+            f"c{index}": (_context_annotation(feature), Field(None, alias=feature.name))
+            for index, feature in enumerate(context)
+        }
+        fields: dict[str, Any] = {
+            "page_product_id": (key, ...),
+            "ad_product_ids": (
+                Annotated[list[key], Field(min_length=1, max_length=max_ads)],  # type: ignore[valid-type]
+                ...,
+            ),
+            "context": (create_model("Context", __config__=closed, **values) | None, None),
+        }
+        if accept_time:
+            fields["time"] = (Annotated[AwareDatetime, Strict()] | None, None)
+        self._model: type[BaseModel] = create_model("ScoreBody", __config__=closed, **fields)
+        self._fields = tuple(fields)
+
+    def parse(self, body: bytes) -> ScoreRequest:
+        """Read a JSON body.
+
+        Raises:
+            RefusedRequestError: not JSON (400), or JSON that breaks the contract (422).
+        """
+        try:
+            raw: Any = self._model.model_validate_json(body)
+        except ValidationError as error:
+            raise self._explain(error) from None
+        values = raw.context.__dict__.values() if raw.context else (None,) * len(self._names)
+        time = getattr(raw, "time", None)
+        return ScoreRequest(
+            page=raw.page_product_id,
+            ads=tuple(raw.ad_product_ids),
+            context=dict(zip(self._names, values, strict=True)),
+            time=None if time is None else time.astimezone(UTC),
+        )
+
+    def _explain(self, error: ValidationError) -> RefusedRequestError:
+        detail = error.errors(include_url=False)[0]
+        kind, location = detail["type"], detail["loc"]
+        if kind == "json_invalid":
+            reason = detail["msg"].removeprefix("Invalid JSON: ")
+            return refuse(
+                f"the body is not JSON: {reason}" if detail["input"] else "the body is empty",
+                status=400,
+                code="invalid_json",
+                hint=f"send {EXAMPLE}",
+            )
+        field = ".".join(str(part) for part in location)[:MAX_SHOWN]
+        more = error.error_count() - 1
+        message = f"{field or 'the body'}: {self._say(kind, location, detail)}"
+        return refuse(
+            message + (f" (and {more} more)" if more else ""),
+            status=422,
+            code=CODES.get(kind, "wrong_value"),
+            field=field or None,
+            allowed=self._allowed(kind, location),
+            hint=None if location else f"send {EXAMPLE}",
+        )
+
+    def _say(self, kind: str, location: tuple[int | str, ...], detail: Any) -> str:
+        if kind == "missing":
+            return "is required"
+        if kind == "extra_forbidden":
+            if location == ("time",):
+                return "is refused while serving.clock is 'wall'; the server takes its own time"
+            return "is not known"
+        if kind == "too_short":
+            return "must hold at least one ad, got none"
+        if kind == "too_long":
+            return f"must hold at most {self._max_ads} ads, got {len(detail['input'])}"
+        got = show(detail["input"])
+        if location and location[0] in ("page_product_id", "ad_product_ids"):
+            whole = location == ("ad_product_ids",)
+            wanted = f"a list, each {self._key_words}" if whole else self._key_words
+            return f"must be {wanted}, as in the log{LIMITS.get(kind, '')}, got {got}"
+        if location == ("context",):
+            return f"must be an object of features, got {got}"
+        return f"{EXPECTED.get(kind, detail['msg'])}, got {got}"
+
+    def _allowed(self, kind: str, location: tuple[int | str, ...]) -> Any:
+        if kind == "extra_forbidden":
+            return list(self._names if location[0] == "context" else self._fields)
+        if location == ("context",):
+            return list(self._names)
+        if kind == "too_long":
+            return {"max_ads": self._max_ads}
+        return None
+
+
+CODES: Final = {
+    "missing": "missing_field",
+    "extra_forbidden": "unknown_field",
+    "too_short": "no_ads",
+    "too_long": "too_many_ads",
+}
+LIMITS: Final = {
+    "greater_than_equal": " (64 bits)",
+    "less_than": " (64 bits)",
+    "string_too_long": f" (at most {MAX_KEY_LENGTH} characters)",
+}
+EXPECTED: Final = {
+    "model_type": f"must be an object such as {EXAMPLE}",
+    "string_type": "must be a string or null",
+    "float_type": "must be a number or null",
+    "finite_number": "must be a finite number or null",
+    "timezone_aware": "must have a time zone, e.g. 2026-01-05T12:00:00Z",
+    "datetime_parsing": "must be ISO 8601 with a time zone, e.g. 2026-01-05T12:00:00Z",
+    "datetime_from_date_parsing": "must be ISO 8601 with a time zone, e.g. 2026-01-05T12:00:00Z",
+    "datetime_type": "must be ISO 8601 with a time zone, e.g. 2026-01-05T12:00:00Z",
+}
+
+
+def show(value: object) -> str:
+    """A value from outside, shortened for a message."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+
+
+def _key_annotation(key_type: KeyType) -> Any:
+    if key_type == "int64":
+        return Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
+    return Annotated[StrictStr, Field(min_length=1, max_length=MAX_KEY_LENGTH)]
+
+
+def _context_annotation(feature: ContextFeature) -> Any:
+    return StrictStr | None if feature.kind == "categorical" else StrictFloat | None

@@ -1,0 +1,265 @@
+"""Start, find and stop the Serve application: in the foreground, or as a child process.
+
+The server lives in a process of its own, because Ray Serve reads its switches on import and one
+process holds one Ray. It runs a private Ray unless an address is given, and takes down only what
+it brought up.
+"""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from driftline.platform.artefacts import read_json, write_json
+from driftline.platform.errors import DriftlineError
+from driftline.platform.processes import (
+    ProcessIdentity,
+    check_port,
+    new_family,
+    spawn_module,
+    stop_event,
+    stop_family,
+    wait_for,
+)
+from driftline.platform.settings import DriftlineSettings, parse_settings
+from driftline.platform.workspace import Workspace
+from driftline.serving.client import ScoringClient
+from driftline.serving.ingress import ingress_environment
+
+logger = logging.getLogger(__name__)
+
+READY_SECONDS: Final = 120.0
+
+
+@dataclass
+class ServingHandle:
+    """A server started by :func:`start_serving`; also a context manager."""
+
+    url: str
+    log: Path
+    ray_address: str
+    process: subprocess.Popen[bytes] = field(repr=False)
+    family: str = field(repr=False)
+    scratch: Path = field(repr=False)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the server's process runs."""
+        return self.process.poll() is None
+
+    @property
+    def client(self) -> ScoringClient:
+        """A client of this server."""
+        return ScoringClient(self.url)
+
+    def stop(self) -> None:
+        """Stop the server and everything it started; harmless when it is gone."""
+        head = ProcessIdentity.of(self.process.pid)
+        stop_family(self.family, first=[head] if head else [])
+        self.process.wait()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def __enter__(self) -> "ServingHandle":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+
+def start_serving(
+    settings: DriftlineSettings,
+    *,
+    address: str | None = None,
+    ready_seconds: float = READY_SECONDS,
+) -> ServingHandle:
+    """Start the Serve application in the background and wait until it answers.
+
+    Args:
+        settings: ``serving`` says where it listens. Without a champion it answers 503.
+        address: A running Ray to use; else ``settings.ray.address``, else a private one.
+        ready_seconds: How long to wait.
+
+    Raises:
+        ResourceError: the port is taken, or the server did not come up; with the end of its log.
+    """
+    _check_port(settings)
+    state = Workspace.of(settings).state / "serving"
+    written, ready, log = state / "settings.json", state / "ready.json", state / "server.log"
+    write_json(written, settings.model_dump(mode="json"))
+    ready.unlink(missing_ok=True)
+    family = new_family()
+    scratch = Path(tempfile.mkdtemp(prefix="dl-")).resolve()  # short: a socket's path is limited
+    arguments = [str(written), "--ready", str(ready), "--parent", str(os.getpid())]
+    arguments += ["--scratch", str(scratch)]
+    arguments += ["--address", address] if address else []
+    process = spawn_module("driftline.serving.server", arguments, family=family, log=log)
+    try:
+        wait_for(ready, process=process, log=log, seconds=ready_seconds, name="the server")
+    except DriftlineError:
+        stop_family(family)
+        process.wait()
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    facts = read_json(ready)
+    return ServingHandle(
+        url=facts["url"],
+        log=log,
+        ray_address=facts["ray_address"],
+        process=process,
+        family=family,
+        scratch=scratch,
+    )
+
+
+def serve_forever(
+    settings: DriftlineSettings,
+    *,
+    address: str | None = None,
+    on_ready: Callable[[str, str], None] | None = None,
+    parent: int | None = None,
+    scratch: Path | None = None,
+) -> None:
+    """Run the Serve application until SIGINT or SIGTERM.
+
+    Args:
+        settings: ``serving`` says where it listens.
+        address: A running Ray to use; else ``settings.ray.address``, else a private one.
+        on_ready: Called once with the server's URL and Ray's address.
+        parent: Stop, too, when this is no longer the parent process.
+        scratch: Short-named folder for sockets; a temporary one when not given.
+
+    Raises:
+        ResourceError: the port is taken.
+    """
+    where = address or settings.ray.address
+    if where is None:
+        _check_port(settings)
+    ours = where is None or where != settings.ray.address
+    with tempfile.TemporaryDirectory(prefix="dl-", ignore_cleanup_errors=True) as temporary:
+        folder = scratch or Path(temporary).resolve()
+        switches = ingress_environment(settings.serving, scratch=folder if ours else None)
+        os.environ.update(switches)
+        with _ray(settings, address=where, switches=switches, scratch=folder) as ray_address:
+            url = _run_application(settings)
+            stop = stop_event(parent=parent)
+            logger.info("serving %s at %s", settings.name, url)
+            if on_ready is not None:
+                on_ready(url, ray_address)
+            stop.wait()
+            _stop_application(settings)
+
+
+@contextmanager
+def _ray(
+    settings: DriftlineSettings, *, address: str | None, switches: dict[str, str], scratch: Path
+) -> Iterator[str]:
+    """Ray for the duration of the block; gives its address. A running Ray is only left."""
+    import ray
+
+    if address is not None:
+        runtime: dict[str, Any] = {"runtime_env": {"env_vars": switches}}
+    else:
+        runtime = {
+            "num_cpus": settings.ray.num_cpus,
+            "include_dashboard": False,
+            "_temp_dir": str(scratch / "ray"),
+        }
+    context = ray.init(address or "local", log_to_driver=False, **runtime)
+    try:
+        yield str(context.address_info["gcs_address"])
+    finally:
+        ray.shutdown()
+
+
+def _run_application(settings: DriftlineSettings) -> str:
+    """Deploy, and wait until the application answers. Gives its URL."""
+    from ray import serve
+
+    from driftline.serving.app import ServingAppSettings, app
+
+    options = {"host": settings.serving.host, "port": settings.serving.port}
+    logging_config = {"enable_access_log": False, "log_level": "WARNING"}
+    serve.start(proxy_location="HeadOnly", http_options=options, logging_config=logging_config)
+    serve.run(app(ServingAppSettings(market=settings)), name=application_name(settings))
+    url = serving_url(settings)
+    ScoringClient(url).wait_until_up(seconds=READY_SECONDS)
+    return url
+
+
+def _stop_application(settings: DriftlineSettings) -> None:
+    from ray import serve
+
+    name = application_name(settings)
+    others = set(serve.status().applications) - {name}
+    if others:
+        logger.info("leaving Ray Serve to %s", sorted(others))
+        serve.delete(name)
+    else:
+        serve.shutdown()
+
+
+def _serve_runs() -> bool:
+    """Whether this Ray has a Serve already, e.g. after its driver was killed."""
+    import ray
+
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return any(actor["name"] == "SERVE_CONTROLLER_ACTOR" for actor in actors)
+
+
+def application_name(settings: DriftlineSettings) -> str:
+    """Name of a market's Serve application."""
+    return f"driftline-{settings.name}"
+
+
+def _check_port(settings: DriftlineSettings) -> None:
+    check_port(settings.serving.host, settings.serving.port, setting="serving.port")
+
+
+def serving_url(settings: DriftlineSettings) -> str:
+    """Where the application answers on this machine."""
+    host = settings.serving.host
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1"
+    return f"http://{f'[{host}]' if ':' in host else host}:{settings.serving.port}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry of the child process: ``python -m driftline.serving.server SETTINGS.json``."""
+    import argparse
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("settings", type=Path)
+    parser.add_argument("--ready", type=Path, required=True)
+    parser.add_argument("--parent", type=int)
+    parser.add_argument("--scratch", type=Path)
+    parser.add_argument("--address")
+    given = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    settings = parse_settings(read_json(given.settings), origin=str(given.settings))
+
+    def say_ready(url: str, ray_address: str) -> None:
+        facts: dict[str, Any] = {"url": url, "ray_address": ray_address, "pid": os.getpid()}
+        write_json(given.ready, facts)
+
+    try:
+        serve_forever(
+            settings,
+            address=given.address,
+            on_ready=say_ready,
+            parent=given.parent,
+            scratch=given.scratch,
+        )
+    except DriftlineError as error:
+        logger.error("%s", error)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

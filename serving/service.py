@@ -1,0 +1,243 @@
+"""From a request to an answer: look up, fuse, say how fresh it was.
+
+One answer uses one bundle and one feature snapshot, whatever is swapped meanwhile: both references
+are taken once, at its beginning.
+"""
+
+import gc
+import logging
+import threading
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from driftline.features.online import OnlineFeatures, OnlineRead
+from driftline.platform.bundle import Bundle
+from driftline.platform.columns import TEXT_ID_COLUMNS
+from driftline.platform.errors import DriftlineError
+from driftline.platform.settings import DriftlineSettings
+from driftline.platform.windows import format_time
+from driftline.platform.workspace import Workspace
+from driftline.serving.holder import ChampionHolder, LiveBundle
+from driftline.serving.prepared import PreparedBundle, Scored
+from driftline.serving.requests import Key, RefusedRequestError, ScoreRequest, refuse
+
+logger = logging.getLogger(__name__)
+
+WARM_UP_ADS: Final = 100
+PAGE, AD = range(len(TEXT_ID_COLUMNS))
+
+
+class BundleService:
+    """Scores requests with the champion, and follows it.
+
+    Args:
+        settings: ``serving`` says how requests are checked and which clock counts.
+        replica: Name of this copy, shown in the status.
+
+    A background thread, between :meth:`start` and :meth:`stop`, looks for a new champion and new
+    features; :meth:`look` does the same once.
+    """
+
+    def __init__(self, settings: DriftlineSettings, *, replica: str = "local") -> None:
+        self._settings = settings
+        self._replica = replica
+        self._features = OnlineFeatures.open(settings)
+        self._holder = ChampionHolder(Workspace.of(settings).bundles, prepare=self._prepare)
+        self._started_at = datetime.now(UTC)
+        self._num_answers = 0
+        self._num_refused = 0
+        self._feature_error: str | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="follow-champion", daemon=True)
+
+    # --- following ------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Look once, then keep looking in the background."""
+        self.look()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the background thread."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def is_following(self) -> bool:
+        """Whether the background thread lives."""
+        return self._thread.is_alive()
+
+    def look(self) -> None:
+        """Take newer features and a newer champion, if there are any."""
+        try:
+            self._features.refresh()
+            self._feature_error = None
+        except (DriftlineError, OSError) as error:
+            if self._feature_error != str(error):
+                logger.warning("features not refreshed, the old ones stay: %s", error)
+            self._feature_error = str(error)
+        if self._holder.look():
+            gc.collect()
+            gc.freeze()  # what lives now lives long: the collector need not walk it again
+        live = self._holder.live
+        if live is not None and live.prepared.encoder is not None:
+            live.prepared.encoder.refresh()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(self._settings.serving.poll_seconds):
+            self.look()
+
+    def _prepare(self, bundle: Bundle) -> PreparedBundle:
+        prepared = PreparedBundle.of(bundle, self._settings)
+        key: Key = 0 if bundle.contract["key_type"] == "int64" else "-"
+        context = dict.fromkeys(bundle.contract["context"])
+        request = ScoreRequest(page=key, ads=(key,) * WARM_UP_ADS, context=context)
+        _, read = self._read(request)
+        scored = prepared.score(read.columns)
+        if not np.isfinite(scored.probabilities).all():
+            raise ValueError(f"bundle {bundle.fingerprint} answers {scored.probabilities[0]}")
+        return prepared
+
+    # --- answering ------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a bundle to score with."""
+        return self._holder.live is not None
+
+    @property
+    def contract(self) -> Mapping[str, Any] | None:
+        """Key type and context features of the bundle that answers now."""
+        live = self._holder.live
+        return None if live is None else live.prepared.bundle.contract
+
+    def score(self, body: bytes) -> bytes:
+        """The JSON answer to a JSON request.
+
+        Raises:
+            RefusedRequestError: the request breaks the contract, or there is no champion yet.
+        """
+        try:
+            live = self._live()
+            answer = self._answer(live, live.prepared.parser.parse(body))
+        except RefusedRequestError:
+            self._num_refused += 1
+            raise
+        self._num_answers += 1
+        return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+
+    def _live(self) -> LiveBundle:
+        live = self._holder.live
+        if live is None:
+            raise refuse(
+                f"{self._settings.name} has no champion yet",
+                status=503,
+                code="no_champion",
+                hint="`driftline refresh arms CONFIG` trains and promotes one; see /v1/status",
+            )
+        return live
+
+    def _answer(self, live: LiveBundle, request: ScoreRequest) -> dict[str, Any]:
+        now, read = self._read(request)
+        scored = live.prepared.score(read.columns)
+        return {
+            "bundle": live.fingerprint,
+            "probabilities": scored.probabilities,
+            "features": _ages(read),
+            "fallbacks": _fallbacks(read, scored),
+            "as_of": format_time(now),
+        }
+
+    def _read(self, request: ScoreRequest) -> tuple[datetime, OnlineRead]:
+        """Features of a request, and the moment they stand for."""
+        while True:
+            as_of = self._features.as_of
+            now = self._now(request)
+            read = self._features.read(request.page, request.ads, context=request.context, now=now)
+            if self._features.as_of == as_of:  # else the snapshot was swapped in between
+                return now, read
+
+    def _now(self, request: ScoreRequest | None = None) -> datetime:
+        """The moment at which features are read."""
+        if request is not None and request.time is not None:
+            return request.time
+        clock = self._settings.serving.clock
+        if isinstance(clock, datetime):
+            return clock
+        newest = self._features.as_of if clock == "snapshot" else None
+        return newest or datetime.now(UTC)
+
+    # --- status ---------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """What is served, how fresh it is, and since when."""
+        live = self._holder.live
+        now = self._now()
+        clock = self._settings.serving.clock
+        return {
+            "name": self._settings.name,
+            "ready": live is not None,
+            "bundle": None if live is None else live.fingerprint,
+            "version": None if live is None else live.version,
+            "lineage": None if live is None else dict(live.prepared.bundle.lineage),
+            "promoted_at": _time(live.promoted_at) if live else None,
+            "loaded_at": _time(live.loaded_at) if live else None,
+            "load_seconds": live.load_seconds if live else None,
+            "clock": format_time(clock) if isinstance(clock, datetime) else clock,
+            "now": format_time(now),
+            "features": {**self._features.status(now=now), "error": self._feature_error},
+            "replica": self._replica,
+            "following": self.is_following,
+            "started_at": format_time(self._started_at),
+            "uptime_seconds": round((datetime.now(UTC) - self._started_at).total_seconds(), 1),
+            "answers": self._num_answers,
+            "refused_requests": self._num_refused,
+            **self._holder.status(),
+        }
+
+
+def _ages(read: OnlineRead) -> dict[str, Any]:
+    return {
+        tier: {"age_seconds": None if np.isnan(age) else round(float(age), 3), "stale": stale}
+        for tier, (age, stale) in read.tiers.items()
+    }
+
+
+def _fallbacks(read: OnlineRead, scored: Scored) -> dict[str, Any]:
+    """Who was not scored as usual, and what was done instead.
+
+    ``unknown_product``: in no table, all its features are missing and its vector is neutral.
+    ``neutral_text``: its text has no vector, the neutral one was taken. ``encoded_text``: its text
+    had no vector, the arms were run.
+    """
+    first = slice(0, 1)
+    page = _reasons(
+        np.array([read.unknown_page]), scored.encoded[first, PAGE], scored.neutral[first, PAGE]
+    )
+    ads = _reasons(np.asarray(read.unknown_ads), scored.encoded[:, AD], scored.neutral[:, AD])
+    return {
+        "page": page.get(0),
+        "ads": [{"index": index, "reason": reason} for index, reason in ads.items()],
+    }
+
+
+def _reasons(
+    unknown: NDArray[np.bool_], encoded: NDArray[np.bool_], neutral: NDArray[np.bool_]
+) -> Mapping[int, str]:
+    reasons: dict[int, str] = {}
+    for index in np.flatnonzero(unknown | encoded | neutral).tolist():
+        if unknown[index]:
+            reasons[index] = "unknown_product"
+        else:
+            reasons[index] = "encoded_text" if encoded[index] else "neutral_text"
+    return reasons
+
+
+def _time(moment: datetime | None) -> str | None:
+    return None if moment is None else format_time(moment)
