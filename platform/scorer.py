@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from driftline.platform.bundle import HEAD, Bundle, Calibration, VectorCache
 from driftline.platform.columns import TEXT_ID_COLUMNS
 from driftline.platform.models.build import build_model
-from driftline.platform.models.spec import HeadOnlySpec
+from driftline.platform.models.spec import EncoderSpec, HeadOnlySpec, TwinSpec
 from driftline.platform.models.student import HeadOnly
 from driftline.platform.tabular import Columns, TabularEncoder
 
@@ -108,6 +108,17 @@ def _text_ids(values: "pa.Array | pa.ChunkedArray | NDArray[np.generic]") -> NDA
     filled = values.fill_null(0)
     ids: NDArray[np.int64] = np.asarray(filled, np.int64)
     return ids
+
+
+def twin_spec(student: Mapping[str, Any]) -> TwinSpec | None:
+    """Arms and head of a bundle's ``student.json``; ``None`` for a student without text."""
+    if student["encoder"] is None:
+        return None
+    return TwinSpec(
+        encoder=EncoderSpec.model_validate(student["encoder"]),
+        tie_arms=student["tie_arms"],
+        head=HeadOnlySpec.model_validate(student["head"]).head,
+    )
 
 
 def student_json(

@@ -184,7 +184,7 @@ class ConfigEncoder(Settings):
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
-        if self.hidden_size % self.num_heads:
+        if self.hidden_size > 64 and self.hidden_size % 64:
             raise ValueError(
                 f"hidden_size must be below 64 or a multiple of 64, got {self.hidden_size}"
             )

@@ -46,7 +46,7 @@ class Window:
 
     def steps(self, step: timedelta) -> Iterator["Window"]:
         """Clock-aligned pieces of length ``step``, clipped to the window, in order."""
-        left = floor_time(self.start, step)
+        left = floor_time(self.start, step) if self.start < self.end else self.end
         while left < self.end:
             yield Window(max(left, self.start), min(left + step, self.end))
             left += step

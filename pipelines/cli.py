@@ -1,0 +1,358 @@
+"""The ``driftline`` command: one line a step. Start reading at ``run``."""
+
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from driftline.pipelines.console import Output, progress_bar, quiet_libraries, set_up_logging
+from driftline.platform.errors import DriftlineError, SettingsError
+from driftline.platform.settings import DriftlineSettings, load_settings
+from driftline.platform.windows import format_time, parse_time
+from driftline.platform.workspace import Workspace
+
+app = typer.Typer(
+    name="driftline",
+    help="Keep a factorised click-through-rate model fresh: run, refresh, judge, serve.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+ingest_app = typer.Typer(help="Bring a log into the form of the contract.", no_args_is_help=True)
+features_app = typer.Typer(help="The feature store: one view a drift tier.", no_args_is_help=True)
+refresh_app = typer.Typer(help="Refresh a part of the student.", no_args_is_help=True)
+app.add_typer(ingest_app, name="ingest")
+app.add_typer(features_app, name="features")
+app.add_typer(refresh_app, name="refresh")
+
+Config = Annotated[Path, typer.Argument(help="Settings file, e.g. configs/demo.yaml.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: a.b=value.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+AsOf = Annotated[
+    str | None, typer.Option("--as-of", help="Event time, ISO 8601; the end of the log if absent.")
+]
+
+
+@app.command()
+def run(config: Config, set_: Set = None, json_: Json = False) -> None:
+    """The whole loop: data, features, teacher, student, replay, serving, report."""
+    from driftline.pipelines.run import run_all
+
+    settings = _settings(config, set_)
+    result = run_all(settings, progress_bar=progress_bar)
+    Output(json_).show(result.text, result.figures)
+
+
+@app.command()
+def plan(config: Config, set_: Set = None, json_: Json = False) -> None:
+    """What would happen: tiers, clocks, schedule, model sizes, paths. Runs nothing."""
+    from driftline.features.scales import resolve_tiers, scales_path
+    from driftline.pipelines.plan import make_plan, plan_text
+
+    settings = load_settings(config, overrides=set_ or [])
+    if any(f.tier == "auto" for f in settings.features):
+        settings = resolve_tiers(settings, scales_path(settings))
+    found = make_plan(settings)
+    Output(json_).show(plan_text(found), found)
+
+
+@app.command()
+def simulate(
+    config: Config, out: Path | None = None, set_: Set = None, json_: Json = False
+) -> None:
+    """Write a drifting market with known click probabilities (source.kind: simulate)."""
+    from driftline.features.simulate import simulate as run_simulation
+
+    settings = load_settings(config, overrides=set_ or [])
+    with progress_bar("simulate") as progress:
+        report = run_simulation(settings, _log_folder(settings, out), progress=progress)
+    _show(json_, report)
+
+
+@ingest_app.command("mind")
+def ingest_mind(
+    config: Config,
+    source: Annotated[Path | None, typer.Argument(help="Folder with the two .tsv files.")] = None,
+    out: Path | None = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Read the published MIND layout: behaviors.tsv and news.tsv."""
+    from driftline.pipelines.run import ingest
+
+    settings = load_settings(config, overrides=set_ or [])
+    if settings.source.kind != "mind":
+        raise SettingsError(f"source.kind must be 'mind' for this, got {settings.source.kind!r}")
+    if source is not None:
+        found = settings.source.model_copy(update={"path": source})
+        settings = settings.model_copy(update={"source": found})
+    with progress_bar("ingest") as progress:
+        _show(json_, ingest(settings, _log_folder(settings, out), progress=progress))
+
+
+@ingest_app.command("parquet")
+def ingest_parquet(
+    config: Config, out: Path | None = None, set_: Set = None, json_: Json = False
+) -> None:
+    """Read anyone's own log with the column mapping of source.columns."""
+    from driftline.pipelines.run import ingest
+
+    settings = load_settings(config, overrides=set_ or [])
+    if settings.source.kind != "parquet":
+        raise SettingsError(f"source.kind must be 'parquet' for this, got {settings.source.kind!r}")
+    with progress_bar("ingest") as progress:
+        _show(json_, ingest(settings, _log_folder(settings, out), progress=progress))
+
+
+@app.command()
+def check(
+    config: Config,
+    data: Annotated[
+        Path | None, typer.Argument(help="Folder in contract form; the workspace's log if absent.")
+    ] = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Check a log against the contract; bad rows go to quarantine, bad files are refused."""
+    from driftline.features.quality import check_log
+
+    settings = load_settings(config, overrides=set_ or [])
+    workspace = Workspace.of(settings)
+    with progress_bar("check") as progress:
+        verdict = check_log(
+            data or workspace.log,
+            workspace.clean,
+            settings=settings,
+            now=datetime.now(UTC),
+            progress=progress,
+        )
+    _show(json_, verdict)
+
+
+@app.command()
+def scales(config: Config, set_: Set = None, json_: Json = False) -> None:
+    """Measure every feature's drift time scale and print the factorisation plan."""
+    from driftline.features.log import ImpressionLog
+    from driftline.features.scales import estimate_scales, scales_path, write_scales
+
+    settings = load_settings(config, overrides=set_ or [])
+    log = ImpressionLog.open(Workspace.of(settings).clean, settings)
+    report = estimate_scales(log, settings)
+    write_scales(report, scales_path(settings))
+    _show(json_, report)
+
+
+@features_app.command("prepare")
+def features_prepare(
+    config: Config, as_of: AsOf = None, set_: Set = None, json_: Json = False
+) -> None:
+    """Compute texts, counters and frames up to a moment."""
+    from driftline.pipelines.prepare import prepare_features
+
+    settings = _settings(config, set_)
+    with progress_bar("features") as progress:
+        moment = parse_time(as_of) if as_of else None
+        window = prepare_features(settings, as_of=moment, progress=progress)
+    text = f"frames {window} in {Workspace.of(settings).frames}"
+    Output(json_).show(text, {"start": window.start, "end": window.end})
+
+
+@features_app.command("apply")
+def features_apply(config: Config, set_: Set = None, json_: Json = False) -> None:
+    """Register the Feast objects that follow from the contract."""
+    from driftline.features.log import ImpressionLog
+    from driftline.features.store import apply, feature_view_versions
+
+    settings = _settings(config, set_)
+    log = ImpressionLog.open(Workspace.of(settings).clean, settings)
+    apply(settings, key_type=log.key_type)
+    versions = feature_view_versions(settings)
+    text = "\n".join(f"{name:<28} {version}" for name, version in versions.items())
+    Output(json_).show(text, versions)
+
+
+@features_app.command("materialize")
+def features_materialize(
+    config: Config, as_of: AsOf = None, set_: Set = None, json_: Json = False
+) -> None:
+    """Put the newest values known at a moment into the online store."""
+    from driftline.pipelines.prepare import materialize_features
+
+    settings = _settings(config, set_)
+    _show(json_, materialize_features(settings, as_of=_moment(settings, as_of)))
+
+
+@features_app.command("get")
+def features_get(
+    config: Config,
+    page: Annotated[str, typer.Option(help="Page product.")],
+    ad: Annotated[list[str], typer.Option(help="Ad product; may be given often.")],
+    as_of: AsOf = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Read what the server would read for one request."""
+    from driftline.pipelines.prepare import read_online
+
+    settings = _settings(config, set_)
+    found = read_online(settings, page=page, ads=ad, now=_moment(settings, as_of))
+    width = max(len(name) for name in found)
+    Output(json_).show("\n".join(f"{name:<{width}}  {v}" for name, v in found.items()), found)
+
+
+@app.command()
+def teacher(config: Config, set_: Set = None, json_: Json = False) -> None:
+    """Train the teacher on the stale part of the log, once, and freeze it."""
+    from driftline.pipelines.teacher import train_teacher
+
+    settings = _settings(config, set_)
+    with _ray(settings), progress_bar("teacher") as progress:
+        frozen = train_teacher(settings, progress=progress)
+    text = f"teacher {frozen.hash[:12]}, frozen in {frozen.path}"
+    Output(json_).show(text, {"hash": frozen.hash, **frozen.manifest})
+
+
+@app.command()
+def labels(config: Config, set_: Set = None, json_: Json = False) -> None:
+    """Write the teacher's soft labels for all training rows of the log; paid once."""
+    from driftline.pipelines.labels import label_log
+
+    settings = _settings(config, set_)
+    with progress_bar("labels") as progress:
+        found = label_log(settings, progress=progress)
+    text = f"{found['num_rows']:,} rows labelled, {found['num_passes']:,} through the teacher now"
+    Output(json_).show(text, found)
+
+
+@refresh_app.command("arms")
+def refresh_arms(config: Config, as_of: AsOf = None, set_: Set = None, json_: Json = False) -> None:
+    """Re-train arms and head, re-encode the catalogue, judge, publish (the monthly job)."""
+    from driftline.pipelines.refresh_arms import refresh_arms as refresh
+
+    _refresh(refresh, config, as_of, set_, json_)
+
+
+@refresh_app.command("head")
+def refresh_head(config: Config, as_of: AsOf = None, set_: Set = None, json_: Json = False) -> None:
+    """Re-train the head on cached vectors, judge, publish (the hourly job)."""
+    from driftline.pipelines.refresh_head import refresh_head as refresh
+
+    _refresh(refresh, config, as_of, set_, json_)
+
+
+@app.command()
+def gate(
+    config: Config,
+    bundle: Annotated[
+        str | None, typer.Option(help="Fingerprint; the newest bundle if absent.")
+    ] = None,
+    as_of: AsOf = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Judge a bundle beside the champion and say why; promotes nothing."""
+    from driftline.pipelines.publish import judge_again
+    from driftline.pipelines.verdict import verdict_json
+
+    settings = _settings(config, set_)
+    verdict = judge_again(settings, bundle, as_of=_moment(settings, as_of))
+    head = "would promote" if verdict.promote else "would refuse"
+    Output(json_).show("\n".join([head, *verdict.reasons]), verdict_json(verdict))
+
+
+@app.command()
+def rollback(
+    config: Config,
+    version: Annotated[int, typer.Argument(help="Registry version to make champion again.")],
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Make an older version champion again, after checking that it loads."""
+    from driftline.pipelines.publish import roll_back
+
+    settings = _settings(config, set_)
+    bundle = roll_back(settings, version, now=datetime.now(UTC))
+    text = f"champion is version {version}, bundle {bundle.fingerprint}"
+    Output(json_).show(text, {"version": version, "bundle": bundle.fingerprint})
+
+
+@app.command()
+def replay(config: Config, set_: Set = None, json_: Json = False) -> None:
+    """Play the recent part of the log hour by hour under every policy; write the report."""
+    from driftline.pipelines.run import replay_and_report
+
+    settings = _settings(config, set_)
+    with _ray(settings), progress_bar("replay") as progress:
+        result = replay_and_report(settings, progress=progress)
+    Output(json_).show(result.text, result.figures)
+
+
+def main() -> None:
+    """Entry point: errors a user can act on are one line, everything else a traceback."""
+    quiet_libraries()
+    set_up_logging(verbose="--verbose" in sys.argv)
+    sys.argv = [argument for argument in sys.argv if argument != "--verbose"]
+    try:
+        app()
+    except DriftlineError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        raise SystemExit(1) from None
+
+
+def _refresh(
+    refresh: Callable[..., Any],
+    config: Path,
+    as_of: str | None,
+    overrides: list[str] | None,
+    as_json: bool,
+) -> None:
+    settings = _settings(config, overrides)
+    with _ray(settings), progress_bar("refresh") as progress:
+        record = refresh(settings, as_of=_moment(settings, as_of), progress=progress)
+    _show(as_json, record)
+
+
+def _settings(config: Path, overrides: list[str] | None) -> DriftlineSettings:
+    """Settings with every tier known; ``auto`` tiers come from ``driftline scales``."""
+    from driftline.features.scales import resolve_tiers, scales_path
+
+    settings = load_settings(config, overrides=overrides or [])
+    return resolve_tiers(settings, scales_path(settings))
+
+
+def _ray(settings: DriftlineSettings) -> Any:
+    from driftline.platform.ray_runtime import ray_session
+
+    return ray_session(settings.ray)
+
+
+def _moment(settings: DriftlineSettings, as_of: str | None) -> datetime:
+    """The time asked for, else the end of the log: an archived log has no "now"."""
+    from driftline.features.log import ImpressionLog
+
+    if as_of is not None:
+        return parse_time(as_of)
+    return ImpressionLog.open(Workspace.of(settings).clean, settings).span.end
+
+
+def _log_folder(settings: DriftlineSettings, out: Path | None) -> Path:
+    return out or Workspace.of(settings).log
+
+
+def _show(as_json: bool, report: Any) -> None:
+    value = report.to_json()
+    text = report.text() if hasattr(report, "text") else _lines(value)
+    Output(as_json).show(text, value)
+
+
+def _lines(value: dict[str, Any]) -> str:
+    shown = {k: format_time(v) if isinstance(v, datetime) else v for k, v in value.items()}
+    width = max(len(key) for key in shown)
+    return "\n".join(f"{key:<{width}}  {item}" for key, item in shown.items())
+
+
+if __name__ == "__main__":
+    main()

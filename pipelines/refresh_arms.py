@@ -1,0 +1,357 @@
+"""The monthly refresh: new arms, new vectors, and with them a new head, in one bundle.
+
+MLM on the catalogue's texts, distillation on the stale rows, fine-tuning on the recent ones,
+self-training on both; then every text is encoded, the head calibrated, the whole judged and
+published (papers.md S0.17-S0.20, S0.33).
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from driftline.features.log import ImpressionLog
+from driftline.pipelines.labels import SoftLabels
+from driftline.pipelines.prepare import prepare_features
+from driftline.pipelines.publish import Challenger, champion_before, publish
+from driftline.pipelines.records import RefreshRecord, read_record
+from driftline.pipelines.student import (
+    arms_id,
+    bundle_contract,
+    calibrated,
+    known_texts,
+    lineage,
+    newest_validation,
+    soft_labels,
+    student_tokenizer,
+    write_student_texts,
+)
+from driftline.pipelines.training_sets import (
+    TrainingRows,
+    known_frame,
+    split_rows,
+    write_pair_examples,
+)
+from driftline.platform.artefacts import link_or_copy, whole_directory
+from driftline.platform.bundle import (
+    ARMS,
+    HEAD,
+    TABULAR,
+    VECTORS,
+    BundleParts,
+    Calibration,
+    VectorCache,
+    write_bundle,
+)
+from driftline.platform.columns import head_columns
+from driftline.platform.inference import encode_texts, load_model
+from driftline.platform.models.spec import (
+    EncoderSpec,
+    HeadOnlySpec,
+    ModelSpec,
+    TwinSpec,
+    encoder_spec,
+    head_spec,
+)
+from driftline.platform.ray_runtime import fit
+from driftline.platform.scorer import Scorer, load_head, student_json
+from driftline.platform.settings import DriftlineSettings, ObjectiveSettings, StageSettings
+from driftline.platform.stages import StageJob
+from driftline.platform.tabular import TabularEncoder
+from driftline.platform.windows import Window, format_time, split_span
+from driftline.platform.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+
+
+def refresh_arms(
+    settings: DriftlineSettings, *, as_of: datetime, progress: Progress | None = None
+) -> RefreshRecord:
+    """Refresh arms and head with everything known at ``as_of``; a second call changes nothing.
+
+    Without text features there are no arms; the same stages then train the head alone.
+
+    Raises:
+        MissingArtefactError: no frozen teacher yet.
+        EmptyWindowError: no matured impression to learn from.
+    """
+    workspace = Workspace.of(settings)
+    if (done := read_record(workspace, "arms", as_of)) is not None:
+        logger.info("arms refresh of %s was done before: %s", done.as_of, done.decision)
+        return done
+    started, cpu_started = time.monotonic(), time.process_time()
+    prepare_features(settings, as_of=as_of)
+    training = _ArmsTraining.prepare(settings, as_of=as_of, progress=progress)
+    weights = training.run()
+    vectors = training.encode(weights)
+    scorer = training.scorer(weights, vectors)
+    recent = training.recent_frame
+    calibration = calibrated(settings, scorer, newest_validation(settings, recent))
+    arms = _keep(training, weights, vectors)
+    champion = champion_before(settings, as_of, kind="arms")
+    tokenizer = workspace.tokenizer if workspace.tokenizer.exists() else None
+    bundle = write_bundle(
+        workspace.bundles,
+        BundleParts(
+            head=arms / HEAD,
+            arms=arms / ARMS if training.has_text else None,
+            vectors=arms / VECTORS,
+            tokenizer=tokenizer,
+            tabular=training.tabular,
+            calibration=calibration,
+            student=student_json(
+                training.head_spec,
+                training.encoder.model_dump(mode="json") if training.encoder else None,
+                tie_arms=settings.student.tie_arms,
+            ),
+            contract=bundle_contract(settings),
+            lineage=lineage(
+                settings,
+                kind="arms",
+                as_of=as_of,
+                window=training.window,
+                num_rows=training.num_rows,
+                teacher=training.store.teacher.hash[:12],
+                arms=arms.name,
+                parent=champion.fingerprint if champion else None,
+            ),
+        ),
+    )
+    return publish(
+        settings,
+        Challenger(
+            bundle=bundle,
+            num_rows=training.num_rows,
+            seconds=time.monotonic() - started,
+            core_seconds=time.process_time() - cpu_started + training.core_seconds,
+        ),
+        champion=champion,
+        as_of=as_of,
+        scratch=training.scratch,
+    )
+
+
+@dataclass
+class _ArmsTraining:
+    """The stages of one arms refresh; each one's weights are kept until the bundle is out."""
+
+    settings: DriftlineSettings
+    scratch: Path
+    window: Window
+    stale: TrainingRows
+    recent: TrainingRows
+    recent_frame: pa.Table
+    tabular: TabularEncoder
+    texts: pa.Table
+    texts_file: Path
+    encoder: EncoderSpec | None
+    head_spec: HeadOnlySpec
+    store: SoftLabels
+    progress: Progress | None
+    core_seconds: float = 0.0
+
+    @classmethod
+    def prepare(
+        cls, settings: DriftlineSettings, *, as_of: datetime, progress: Progress | None
+    ) -> "_ArmsTraining":
+        workspace = Workspace.of(settings)
+        arms = settings.student.arms_refresh
+        span = ImpressionLog.open(workspace.clean, settings).span
+        split = split_span(span, ood_share=settings.split.ood_share, ood_end=settings.split.ood_end)
+        window = Window(span.start, as_of).last(timedelta(hours=arms.window_hours))
+        stale_end = min(split.ood.end, as_of)
+        recent_frame = known_frame(settings, window, as_of=as_of)
+        distil = arms.distil or StageSettings()
+        stale_frame = known_frame(settings, Window(span.start, stale_end), as_of=as_of)
+        recent = split_rows(settings, recent_frame, max_rows=arms.finetune.max_rows)
+        stale = split_rows(settings, stale_frame, max_rows=distil.max_rows)
+        tabular = TabularEncoder.fit(recent.train, head_columns(settings))
+        scratch = workspace.scratch / f"arms-{format_time(as_of).replace(':', '')}"
+        texts = known_texts(settings, as_of=as_of)
+        encoder = None
+        if settings.select(kind="text"):
+            vocabulary_size = student_tokenizer(settings).vocabulary_size
+            encoder = encoder_spec(settings.student.encoder, vocabulary_size=vocabulary_size)
+        head = head_spec(
+            settings.student.head,
+            vector_size=encoder.hidden_size if encoder else 0,
+            cardinalities=tabular.cardinalities,
+            num_numbers=tabular.num_numbers,
+        )
+        return cls(
+            settings=settings,
+            scratch=scratch,
+            window=window,
+            stale=stale,
+            recent=recent,
+            recent_frame=recent_frame,
+            tabular=tabular,
+            texts=texts,
+            texts_file=write_student_texts(settings, texts, scratch / "texts.arrow"),
+            encoder=encoder,
+            head_spec=HeadOnlySpec(head=head),
+            store=SoftLabels.open(settings),
+            progress=progress,
+        )
+
+    @property
+    def has_text(self) -> bool:
+        return self.encoder is not None
+
+    @property
+    def num_rows(self) -> int:
+        return self.stale.train.num_rows + self.recent.train.num_rows
+
+    @property
+    def model(self) -> ModelSpec:
+        if self.encoder is None:
+            return self.head_spec
+        return TwinSpec(
+            encoder=self.encoder, tie_arms=self.settings.student.tie_arms, head=self.head_spec.head
+        )
+
+    def run(self) -> Path:
+        """MLM, distil, fine-tune, self-train; gives the weights of the last stage."""
+        arms = self.settings.student.arms_refresh
+        weights: tuple[Path, ...] = ()
+        if arms.mlm is not None and self.has_text:
+            weights = (self._stage("mlm", arms.mlm, self.texts_file, None, start=()),)
+        if arms.distil is not None:
+            labels = [soft_labels(self.settings, part, self.store) for part in _parts(self.stale)]
+            files = self._examples("stale", self.stale, labels)
+            weights = (
+                self._stage(
+                    "distil",
+                    arms.distil,
+                    *files,
+                    start=weights,
+                    objective=arms.objective,
+                    stop_on="soft_loss",
+                ),
+            )
+        distilled = weights
+        files = self._examples("recent", self.recent, None)
+        finetuned = self._stage("finetune", arms.finetune, *files, start=weights)
+        if not arms.self_training.enabled:
+            return finetuned
+        return self._self_train(finetuned, distilled, validation=files[1])
+
+    def _self_train(
+        self, finetuned: Path, distilled: tuple[Path, ...], *, validation: Path
+    ) -> Path:
+        """Learn both parts again from the fine-tuned student's own labels (papers.md S0.20)."""
+        rounds = self.settings.student.arms_refresh.self_training
+        scorer = self.scorer(finetuned, self.encode(finetuned))
+        both = pa.concat_tables([self.stale.train, self.recent.train])
+        own = scorer.logit_pairs(both).astype(np.float32)
+        examples = self._write("both", both, own)
+        start = distilled if rounds.start == "distilled" and distilled else (finetuned,)
+        objective = ObjectiveSettings(alpha=1 - rounds.true_label_share, temperature=1.0)
+        return self._stage(
+            "self_training", rounds, examples, validation, start=start, objective=objective
+        )
+
+    def _stage(
+        self,
+        name: str,
+        stage: StageSettings,
+        examples: Path,
+        validation: Path | None,
+        *,
+        start: tuple[Path, ...],
+        objective: ObjectiveSettings | None = None,
+        stop_on: Literal["loss", "soft_loss", "auc"] = "auc",
+    ) -> Path:
+        output = self.scratch / f"{name}.safetensors"
+        is_mlm = name == "mlm"
+        job = StageJob(
+            name=f"arms.{name}",
+            model=self.model,
+            task="mlm" if is_mlm else "clicks",
+            examples=examples,
+            validation=validation,
+            texts=self.texts_file if self.has_text and not is_mlm else None,
+            objective=objective,
+            stage=stage,
+            initial=start,
+            output=output,
+            checkpoints=self.scratch / f"{name}.checkpoints",
+            stop_on="loss" if is_mlm else stop_on,
+            seed=self.settings.seed,
+            trainable="all",
+        )
+        num_workers = self.settings.student.arms_refresh.num_workers
+        result = fit(job, num_workers=num_workers, ray=self.settings.ray, progress=self.progress)
+        self.core_seconds += result.core_seconds
+        logger.info("%s: %s %.4f in %.0f s", job.name, result.metric, result.best, result.seconds)
+        return output
+
+    def encode(self, weights: Path) -> Path:
+        """Vectors of every text in both roles, from these arms."""
+        spec = self.model
+        if not isinstance(spec, TwinSpec):
+            return self._no_vectors()
+        destination = weights.with_suffix(".vectors")
+        encode_texts(load_model(spec, weights), spec, self.texts_file, destination)
+        return destination
+
+    def scorer(self, weights: Path, vectors: Path) -> Scorer:
+        """The student with these weights, not calibrated."""
+        keep_rate = self.settings.labels.negative_keep_rate
+        head = load_head(self.head_spec, weights)
+        return Scorer(head, VectorCache.load(vectors), self.tabular, Calibration(keep_rate))
+
+    def _examples(
+        self, name: str, rows: TrainingRows, labels: list[NDArray[np.float32]] | None
+    ) -> tuple[Path, Path]:
+        soft: list[NDArray[np.float32] | None] = [*labels] if labels else [None, None]
+        train, validation = (
+            self._write(f"{name}.{part}", frame, logits)
+            for part, frame, logits in zip(("train", "validation"), _parts(rows), soft, strict=True)
+        )
+        return train, validation
+
+    def _write(self, name: str, frame: pa.Table, logits: NDArray[np.float32] | None) -> Path:
+        return write_pair_examples(
+            self.scratch / f"{name}.arrow",
+            frame,
+            tabular=self.tabular,
+            text_ids=self.texts["text_id"].to_numpy(),
+            teacher_logits=logits,
+        )
+
+    def _no_vectors(self) -> Path:
+        path = self.scratch / "none.vectors"
+        if not path.exists():
+            empty = np.empty((0, 0), np.float32)
+            self.scratch.mkdir(parents=True, exist_ok=True)
+            VectorCache(np.empty(0, np.int64), empty, empty).save(path)
+        return path
+
+
+def _keep(training: _ArmsTraining, weights: Path, vectors: Path) -> Path:
+    """Keep the arms under a name made from their content, arms and head apart."""
+    destination = Workspace.of(training.settings).arms / arms_id(weights)
+    state = load_file(weights)
+    with whole_directory(destination) as folder:
+        for part, file in (("head.", HEAD), ("arms.", ARMS)):
+            chosen = {name: value for name, value in state.items() if name.startswith(part)}
+            if chosen:
+                save_file(chosen, folder / file)
+        link_or_copy(vectors, folder / VECTORS)
+        (folder / TABULAR).write_text(training.tabular.to_json())
+    return destination
+
+
+def _parts(rows: TrainingRows) -> tuple[pa.Table, pa.Table]:
+    return rows.train, rows.validation

@@ -1,0 +1,234 @@
+"""The hourly refresh: the fusion MLP alone, on cached vectors and fresh features.
+
+Reads like this: take the champion, bring features and vectors up to date, ask the frozen teacher
+about the new rows, continue training, calibrate, bundle, judge, publish.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from driftline.features.log import ImpressionLog
+from driftline.pipelines.labels import SoftLabels
+from driftline.pipelines.prepare import prepare_features
+from driftline.pipelines.publish import Challenger, champion_before, publish
+from driftline.pipelines.records import RefreshRecord, read_record
+from driftline.pipelines.student import (
+    bundle_contract,
+    calibrated,
+    known_texts,
+    lineage,
+    newest_validation,
+    soft_labels,
+    write_student_texts,
+)
+from driftline.pipelines.training_sets import replayed_frame, split_rows, write_pair_examples
+from driftline.platform.bundle import (
+    ARMS,
+    HEAD,
+    TOKENIZER,
+    VECTORS,
+    Bundle,
+    BundleParts,
+    Calibration,
+    VectorCache,
+    write_bundle,
+)
+from driftline.platform.errors import MissingArtefactError
+from driftline.platform.inference import encode_texts, load_model
+from driftline.platform.models.spec import HeadOnlySpec
+from driftline.platform.ray_runtime import fit
+from driftline.platform.scorer import Scorer, load_head, twin_spec
+from driftline.platform.settings import DriftlineSettings, ObjectiveSettings
+from driftline.platform.stages import StageJob
+from driftline.platform.windows import Window, format_time
+from driftline.platform.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+
+
+def refresh_head(
+    settings: DriftlineSettings, *, as_of: datetime, progress: Progress | None = None
+) -> RefreshRecord:
+    """Refresh the head with everything known at ``as_of``; a second call changes nothing.
+
+    Source: papers.md S0.4, A0.17 (which parameters move), S0.16 (frozen-teacher labels), S0.20.
+
+    Raises:
+        MissingArtefactError: no champion yet; arms come first.
+        EmptyWindowError: no matured impression to learn from.
+    """
+    workspace = Workspace.of(settings)
+    if (done := read_record(workspace, "head", as_of)) is not None:
+        logger.info("head refresh of %s was done before: %s", done.as_of, done.decision)
+        return done
+    started, cpu_started = time.monotonic(), time.process_time()
+    champion = champion_before(settings, as_of, kind="head")
+    if champion is None:
+        raise MissingArtefactError(
+            f"no champion before {format_time(as_of)}; run `driftline refresh arms CONFIG` first"
+        )
+    prepare_features(settings, as_of=as_of)
+    scratch = workspace.scratch / f"head-{format_time(as_of).replace(':', '')}"
+    vectors = _current_vectors(settings, champion, scratch, as_of=as_of)
+    rows, window = _training_rows(settings, as_of)
+    trained, num_rows, core_seconds = _train(
+        settings, champion, vectors, rows, scratch=scratch, progress=progress
+    )
+    scorer = replace(
+        trained, calibration=calibrated(settings, trained, newest_validation(settings, rows))
+    )
+    bundle = write_bundle(
+        workspace.bundles,
+        BundleParts(
+            head=scratch / HEAD,
+            arms=_existing(champion.path / ARMS),
+            vectors=vectors,
+            tokenizer=_existing(champion.path / TOKENIZER),
+            tabular=scorer.tabular,
+            calibration=scorer.calibration,
+            student=champion.student,
+            contract=bundle_contract(settings),
+            lineage=lineage(
+                settings,
+                kind="head",
+                as_of=as_of,
+                window=window,
+                num_rows=num_rows,
+                teacher=str(champion.lineage["teacher"]),
+                arms=str(champion.lineage["arms"]),
+                parent=champion.fingerprint,
+            ),
+        ),
+    )
+    return publish(
+        settings,
+        Challenger(
+            bundle=bundle,
+            num_rows=num_rows,
+            seconds=time.monotonic() - started,
+            core_seconds=time.process_time() - cpu_started + core_seconds,
+        ),
+        champion=champion,
+        as_of=as_of,
+        scratch=scratch,
+    )
+
+
+def _current_vectors(
+    settings: DriftlineSettings, champion: Bundle, scratch: Path, *, as_of: datetime
+) -> Path:
+    """The champion's vectors, and those of new or edited texts from the same arms."""
+    texts = known_texts(settings, as_of=as_of)
+    new = texts.filter(pa.array(champion.vectors.rows(texts["text_id"].to_numpy()) < 0))
+    twin = twin_spec(champion.student)
+    if new.num_rows == 0 or twin is None:
+        return champion.path / VECTORS
+    tokens = write_student_texts(settings, new, scratch / "new_texts.arrow")
+    fresh = scratch / "new_vectors.safetensors"
+    model = load_model(twin, champion.path / ARMS, champion.path / HEAD)
+    encode_texts(model, twin, tokens, fresh)
+    destination = scratch / VECTORS
+    champion.vectors.merged(VectorCache.load(fresh)).save(destination)
+    logger.info("encoded %d new texts with the current arms", new.num_rows)
+    return destination
+
+
+def _training_rows(settings: DriftlineSettings, as_of: datetime) -> tuple[pa.Table, Window]:
+    """The newest window, and older rows to replay so that the head does not forget."""
+    refresh = settings.student.head_refresh
+    log = ImpressionLog.open(Workspace.of(settings).clean, settings)
+    window = Window(log.span.start, as_of).last(timedelta(hours=refresh.window_hours))
+    frame = replayed_frame(settings, window, as_of=as_of, replay_share=refresh.replay_share)
+    return frame, window
+
+
+def _train(
+    settings: DriftlineSettings,
+    champion: Bundle,
+    vectors: Path,
+    frame: pa.Table,
+    *,
+    scratch: Path,
+    progress: Progress | None,
+) -> tuple[Scorer, int, float]:
+    """Fine-tune on clicks and teacher labels, then, if asked for, on its own labels."""
+    refresh = settings.student.head_refresh
+    rows = split_rows(settings, frame, max_rows=refresh.finetune.max_rows)
+    tabular = champion.tabular.refitted(rows.train)
+    cache = VectorCache.load(vectors)
+    spec = HeadOnlySpec.model_validate(champion.student["head"])
+    store = SoftLabels.open(settings)
+    teacher = soft_labels(settings, rows.train, store) if refresh.objective.alpha > 0 else None
+    validation = write_pair_examples(
+        scratch / "validation.arrow", rows.validation, tabular=tabular, text_ids=cache.text_id
+    )
+    start = champion.path / HEAD if refresh.warm_start else _arms_head(settings, champion)
+
+    def run(
+        name: str, labels: NDArray[np.float32] | None, output: Path, **changes: object
+    ) -> float:
+        examples = write_pair_examples(
+            scratch / f"{name}.arrow",
+            rows.train,
+            tabular=tabular,
+            text_ids=cache.text_id,
+            teacher_logits=labels,
+        )
+        job = StageJob(
+            name=f"head.{name}",
+            model=spec,
+            task="clicks",
+            examples=examples,
+            validation=validation,
+            texts=None,
+            vectors=vectors,
+            objective=refresh.objective,
+            stage=refresh.finetune,
+            initial=(start,),
+            output=output,
+            checkpoints=scratch / f"{name}.checkpoints",
+            stop_on="auc",
+            seed=settings.seed,
+            trainable="head",
+        )
+        job = replace(job, **changes)  # type: ignore[arg-type]
+        result = fit(job, num_workers=refresh.num_workers, ray=settings.ray, progress=progress)
+        return result.core_seconds
+
+    def scorer_of(weights: Path) -> Scorer:
+        keep_rate = settings.labels.negative_keep_rate
+        return Scorer(load_head(spec, weights), cache, tabular, Calibration(keep_rate))
+
+    if not refresh.self_training.enabled:
+        core_seconds = run("finetune", teacher, scratch / HEAD)
+        return scorer_of(scratch / HEAD), rows.train.num_rows, core_seconds
+    core_seconds = run("finetune", teacher, scratch / "finetuned.safetensors")
+    own = scorer_of(scratch / "finetuned.safetensors").logit_pairs(rows.train)
+    self_training = refresh.self_training
+    core_seconds += run(
+        "self_training",
+        own.astype(np.float32),
+        scratch / HEAD,
+        stage=self_training,
+        objective=ObjectiveSettings(alpha=1 - self_training.true_label_share, temperature=1.0),
+    )
+    return scorer_of(scratch / HEAD), rows.train.num_rows, core_seconds
+
+
+def _arms_head(settings: DriftlineSettings, champion: Bundle) -> Path:
+    """The head that the champion's arms were born with."""
+    return Workspace.of(settings).arms / str(champion.lineage["arms"]) / HEAD
+
+
+def _existing(path: Path) -> Path | None:
+    return path if path.exists() else None

@@ -1,0 +1,94 @@
+"""Settings: every preset loads; every mistake is named with its path."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from driftline.platform.errors import SettingsError
+from driftline.platform.settings import apply_override, load_settings, parse_settings
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
+
+
+@pytest.mark.parametrize("preset", CONFIGS, ids=lambda path: path.stem)
+def test_every_preset_is_valid(preset: Path) -> None:
+    assert load_settings(preset).name
+
+
+MISTAKES = [
+    (["student.head.hiden=3"], "student.head.hiden: Extra inputs are not permitted"),
+    (["seed=abc"], "seed: Input should be a valid integer.*got 'abc'"),
+    (["source.kind=kafka"], "source: Input tag 'kafka'.*'simulate', 'mind', 'parquet'"),
+    (["features.0.tier=weekly"], "features.0.tier.*got 'weekly'"),
+    (["features.0.entity=impression"], "text must have entity 'product'"),
+    (["features.1.name=title"], "'title' is declared twice"),
+    (["features.0.name=Bad Name"], "features.0.name.*got 'Bad Name'"),
+    (["counters.category=colour"], "counters.category must be a categorical product feature"),
+    (["counters.windows_hours=[0]"], "counters.windows_hours.0.*got 0"),
+    (["labels.negative_keep_rate=0"], "labels.negative_keep_rate.*got 0"),
+    (["labels.maturity_minutes=-5"], "labels.maturity_minutes.*got -5"),
+    (["split.ood_share=1.5"], "split.ood_share.*got 1.5"),
+    (["split.ood_end=2026-01-01"], "split.ood_end"),
+    (["teacher.encoder.hidden_size=100"], "hidden_size must be below 64 or a multiple of 64"),
+    (["student.encoder.kind=gpt"], "student.encoder: Input tag 'gpt'"),
+    (["student.head_refresh.objective.alpha=2"], "student.head_refresh.objective.alpha.*got 2"),
+    (["student.head_refresh.objective.temperature=-1"], "temperature.*got -1"),
+    (["serving.port=99999"], "serving.port.*got 99999"),
+    (["name=Not Good"], "name.*got 'Not Good'"),
+    (["gate.calibration_range=[0,1]"], "gate.calibration_range.0"),
+    (["replay.peers=[xgboost]"], "replay.peers.0"),
+    (["tiers.long.value_freshness_hours=0"], "tiers.long.value_freshness_hours"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), MISTAKES, ids=[m[0][0] for m in MISTAKES])
+def test_a_mistake_is_named_with_its_path(overrides: list[str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        load_settings(DEMO, overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("no-equals", "form a.b=value"),
+        ("=3", "form a.b=value"),
+        ("a..b=3", "form a.b=value"),
+        ("seed.deep=3", "'seed' is a value"),
+        ("features.99.name=x", "index"),
+        ("seed=[1", "is not YAML"),
+    ],
+)
+def test_a_bad_override_says_what_it_should_be(override: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        load_settings(DEMO, overrides=[override])
+
+
+def test_several_mistakes_are_reported_at_once() -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(DEMO, overrides=["seed=x", "serving.port=0", "nonsense=1"])
+    assert len(str(caught.value).splitlines()) == 4
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "just text", "a: [", "\x00"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(SettingsError, match=r"bad\.yaml"):
+        load_settings(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"nowhere\.yaml: cannot be read"):
+        load_settings(tmp_path / "nowhere.yaml")
+
+
+def test_an_override_reaches_lists_and_new_sections() -> None:
+    raw: dict[str, Any] = yaml.safe_load(DEMO.read_text())
+    apply_override(raw, "features.0.name=headline")
+    apply_override(raw, "gate.min_rows=7")
+    settings = parse_settings(raw, origin="test")
+    assert settings.features[0].name == "headline"
+    assert settings.gate.min_rows == 7
