@@ -25,6 +25,12 @@ TierName = Literal["long", "medium", "short"]
 Share = Annotated[float, Field(gt=0, lt=1)]
 FeatureName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*(_[a-z0-9]+)*$", max_length=60)]
 
+CONTRACT_NAMES = frozenset(
+    "impression_id event_time page_product_id ad_product_id clicked click_time request_id position "
+    "propensity product_id created_time".split()
+)
+"""Columns that every log has; no feature may take their names."""
+
 
 class Settings(BaseModel):
     """Base of all settings: frozen, unknown keys refused."""
@@ -449,6 +455,11 @@ class DriftlineSettings(Settings):
             if feature.name in seen:
                 raise ValueError(f"feature {feature.name!r} is declared twice")
             seen.add(feature.name)
+            if feature.name in CONTRACT_NAMES:
+                raise ValueError(
+                    f"feature {feature.name!r} has the name of a fixed column of the contract; "
+                    "give it another name"
+                )
         category = self.counters.category
         allowed = [f.name for f in self.select(kind="categorical", entity="product")]
         if category is not None and category not in allowed:
