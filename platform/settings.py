@@ -35,7 +35,11 @@ CONTRACT_NAMES = frozenset(
 class Settings(BaseModel):
     """Base of all settings: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    # Defaults are validated so that 60 and 60.0 are one value however the settings were read: hashes
+    # of settings name features and artefacts.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+    )
 
 
 # --- data ---------------------------------------------------------------------------------
@@ -289,7 +293,8 @@ class ArmsRefreshSettings(Settings):
     objective: ObjectiveSettings = ObjectiveSettings()
     finetune: StageSettings = StageSettings()
     self_training: SelfTrainingSettings = SelfTrainingSettings()
-    num_workers: PositiveInt = 1
+    num_workers: NonNegativeInt = 0
+    """Size of the worker group; 0 trains in a warm actor, right for one machine."""
 
 
 class HeadRefreshSettings(Settings):
@@ -402,7 +407,8 @@ class RaySettings(Settings):
     num_cpus_per_worker: PositiveFloat | None = None
     """Processors of one training worker; an even share of the largest node when not given."""
     num_gpus_per_worker: NonNegativeFloat = 0
-    teacher_workers: PositiveInt = 1
+    teacher_workers: NonNegativeInt = 0
+    """Size of the teacher's worker group; 0 trains in a warm actor, right for one machine."""
 
 
 class StoreSettings(Settings):
