@@ -354,7 +354,7 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # of Feast and ibis, on what they use of DuckDB and pandas
     sizes = Sizes(100_000, 5_000, 50) if arguments.quick else Sizes(1_000_000, 50_000, 200)
-    repeats, load = arguments.repeats, machine()
+    repeats, about = arguments.repeats, {"commit": commit(), "machine": machine()}
     with tempfile.TemporaryDirectory(prefix="driftline-benchmark-") as temporary:
         folder = Path(temporary)
         impressions = write_inputs(folder, sizes)
@@ -390,11 +390,7 @@ def main() -> None:
     }
     figures = {name: float(f"{value:.4g}") for name, value in figures.items()}
     print()
-    print(
-        json.dumps(
-            {"benchmark": "features", "commit": commit(), "machine": load, "figures": figures}
-        )
-    )
+    print(json.dumps({"benchmark": "features", **about, "figures": figures}))
 
 
 if __name__ == "__main__":

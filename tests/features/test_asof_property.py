@@ -153,10 +153,23 @@ LATE_CORRECTION_OF_AN_OLD_VALUE = Case(
     as_known=True,
 )
 
+AN_OLD_VALUE_ON_THE_EDGE_IN_A_LATER_SLICE = Case(
+    rows=[Row(1, 2, 2, 20.0), Row(2, 3, 3, 30.0)],
+    questions=[(1, 2, 3), (1, 2, 5), (1, 2, 6)],
+    page_ttl=3,
+    ad_ttl=2,
+    slice_rows=1,
+    fold_rows=1,
+    texts=False,
+    has_created=True,
+    as_known=False,
+)
 
-@settings(max_examples=150)
+
+@settings(max_examples=100)
 @given(case=cases)
 @example(case=LATE_CORRECTION_OF_AN_OLD_VALUE)
+@example(case=AN_OLD_VALUE_ON_THE_EDGE_IN_A_LATER_SLICE)
 def test_every_row_gets_the_newest_value_known_at_its_moment(case: Case) -> None:
     with TemporaryDirectory() as folder:
         table = joined(case, write_features(case, Path(folder) / "features.parquet"))
