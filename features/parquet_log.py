@@ -20,6 +20,7 @@ from driftline.features.quality_schema import (
     find_key_type,
     parquet_files,
     plan_file,
+    read_file_schema,
 )
 from driftline.platform.artefacts import whole_directory, write_json
 from driftline.platform.contract import catalogue_schema, counters_schema, impressions_schema
@@ -62,7 +63,7 @@ def ingest_parquet(
         )
         if path is not None
     }
-    columns = _check_mapping(source, settings)
+    columns = _map_columns(source, settings, tables)
     key = find_key_type(tables, columns)
     schemas = _schemas(settings, key)
     plans = {
@@ -70,7 +71,7 @@ def ingest_parquet(
             plan_file(
                 path,
                 schemas[name],
-                columns=columns,
+                columns=columns[name],
                 time_zone=source.time_zone,
                 refuse_extra=False,
             )
@@ -155,13 +156,41 @@ def _schemas(settings: DriftlineSettings, key: pa.DataType) -> dict[str, pa.Sche
     }
 
 
-def _check_mapping(source: ParquetSource, settings: DriftlineSettings) -> dict[str, str]:
-    """The mapping, if everything it maps is a column of the contract."""
-    known = {name for schema in _schemas(settings, pa.string()).values() for name in schema.names}
-    unknown = sorted(set(source.columns) - known)
+def _map_columns(
+    source: ParquetSource, settings: DriftlineSettings, tables: Mapping[str, list[Path]]
+) -> dict[str, dict[str, str]]:
+    """The mapping of each table.
+
+    ``event_time: ts`` holds for every table that has a column ``ts``; ``catalogue.event_time: ts``
+    holds for the catalogue alone and wins.
+
+    Raises:
+        SettingsError: a key is no column of the contract.
+    """
+    names = {table: set(schema.names) for table, schema in _schemas(settings, pa.string()).items()}
+    mapping: dict[str, dict[str, str]] = {table: {} for table in tables}
+    found = {table: set(read_file_schema(paths[0]).names) for table, paths in tables.items()}
+    unknown = []
+    for key, column in source.columns.items():
+        table, _, name = key.rpartition(".")
+        if table:
+            if table in mapping and name in names[table]:
+                mapping[table][name] = column
+            else:
+                unknown.append(key)
+            continue
+        owners = [owner for owner in tables if name in names[owner]]
+        if not owners:
+            unknown.append(key)
+        holders = [owner for owner in owners if column in found[owner]] or owners
+        for owner in holders:
+            if f"{owner}.{name}" not in source.columns:
+                mapping[owner][name] = column
     if unknown:
+        known = ", ".join(sorted(set().union(*names.values())))
         raise SettingsError(
             f"source.columns: {', '.join(map(repr, unknown))} is no column of the contract; keys "
-            f"must be among {', '.join(sorted(known))} (contract column: column in the file)"
+            f"must be among {known}, with the table before it (catalogue.event_time) where tables "
+            "differ; values are columns of the file"
         )
-    return dict(source.columns)
+    return mapping

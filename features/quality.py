@@ -36,6 +36,7 @@ from driftline.features.quality_sort import (
     Stage,
     connect,
     find_repeats,
+    read_files,
     read_repeats,
     write_sorted,
 )
@@ -350,7 +351,7 @@ def _describe_clean(scratch: Path, connection: duckdb.DuckDBPyConnection) -> tup
         f"""
         SELECT epoch_us(min(event_time)), epoch_us(max(event_time)),
                count(*) FILTER (WHERE clicked)
-        FROM read_parquet('{scratch}/impressions/*.parquet')
+        FROM {read_files(scratch / "impressions" / "*.parquet")}
         """
     ).fetchall()
     epoch = datetime(1970, 1, 1, tzinfo=UTC)
@@ -359,10 +360,10 @@ def _describe_clean(scratch: Path, connection: duckdb.DuckDBPyConnection) -> tup
 
 
 def _count_unknown(scratch: Path, connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
-    impressions = f"read_parquet('{scratch}/impressions/*.parquet')"
+    impressions = read_files(scratch / "impressions" / "*.parquet")
     has_catalogue = any((scratch / "catalogue").glob("*.parquet"))
     known = (
-        f"SELECT DISTINCT product_id FROM read_parquet('{scratch}/catalogue/*.parquet')"
+        "SELECT DISTINCT product_id FROM " + read_files(scratch / "catalogue" / "*.parquet")
         if has_catalogue
         else "SELECT page_product_id AS product_id FROM " + impressions + " LIMIT 0"
     )

@@ -25,6 +25,11 @@ ROWS_PER_BATCH: Final = 65_536
 OPTIONAL: Final = ("click_time", "request_id", "position", "propensity")
 """Columns of ``impressions`` that a file may lack; they become null."""
 
+REMEDIES: Final = {
+    "created_time": "; when a row was known at once, map created_time to the column of event_time",
+    "impression_id": "; any value that is unique for each ad shown will do",
+}
+
 KEY_COLUMNS: Final = ("page_product_id", "ad_product_id", "product_id")
 
 EXPECTED: Final = {
@@ -153,7 +158,10 @@ def plan_file(
             if field.name in OPTIONAL and field.name not in columns:
                 notes.append(f"no column {field.name!r}: filled with nulls")
             else:
-                problems.append(f"column {name!r} is missing (expected {_expectation(field)})")
+                remedy = REMEDIES.get(field.name, "")
+                problems.append(
+                    f"column {name!r} is missing (expected {_expectation(field)}){remedy}"
+                )
             continue
         if found.names.count(name) > 1:
             problems.append(f"column {name!r} occurs {found.names.count(name)} times")
@@ -187,12 +195,14 @@ def plan_file(
     )
 
 
-def find_key_type(files: Mapping[str, list[Path]], columns: Mapping[str, str]) -> pa.DataType:
+def find_key_type(
+    files: Mapping[str, list[Path]], columns: Mapping[str, Mapping[str, str]]
+) -> pa.DataType:
     """The one type of all product keys of a log: 64-bit integers or strings.
 
     Args:
         files: Table: its files.
-        columns: Contract column: column in the file, where the names differ.
+        columns: Table: contract column: column in the file, where the names differ.
 
     Raises:
         ContractError: keys of another type, or of different types in different places.
@@ -202,7 +212,7 @@ def find_key_type(files: Mapping[str, list[Path]], columns: Mapping[str, str]) -
         for path in paths:
             found = read_file_schema(path)
             for contract_name in KEY_COLUMNS:
-                name = columns.get(contract_name, contract_name)
+                name = columns.get(table, {}).get(contract_name, contract_name)
                 belongs = (contract_name == "product_id") == (table != "impressions")
                 if not belongs or name not in found.names:
                     continue

@@ -52,7 +52,7 @@ class Stage:
 
     def pattern(self) -> str:
         """All files, for DuckDB."""
-        return str(self.folder / "*" / "*.parquet")
+        return read_files(self.folder / "*" / "*.parquet")
 
     def _writer(self, day: int) -> pq.ParquetWriter:
         if day not in self._open:
@@ -81,6 +81,12 @@ def connect(*, memory_limit: str, threads: int, spill: Path) -> duckdb.DuckDBPyC
     return connection
 
 
+def read_files(*patterns: Path) -> str:
+    """SQL that reads Parquet files given as paths or patterns."""
+    quoted = ", ".join("'" + str(pattern).replace("'", "''") + "'" for pattern in patterns)
+    return f"read_parquet([{quoted}])"
+
+
 def find_repeats(
     connection: duckdb.DuckDBPyConnection,
     stage: Stage,
@@ -104,7 +110,7 @@ def find_repeats(
         return 0
     order = "ASC" if keep == "first" else "DESC"
     columns = ", ".join(f'"{key}"' for key in keys)
-    rows = f"read_parquet('{stage.pattern()}')"
+    rows = stage.pattern()
     connection.execute(
         f"""
         CREATE OR REPLACE TABLE suspects AS
@@ -130,7 +136,7 @@ def find_repeats(
 def read_repeats(connection: duckdb.DuckDBPyConnection, stage: Stage) -> Iterator[pa.RecordBatch]:
     """The repeated rows themselves, with their ordinals, in order of these."""
     query = f"""
-        SELECT s.* FROM read_parquet('{stage.pattern()}') AS s
+        SELECT s.* FROM {stage.pattern()} AS s
         SEMI JOIN repeats USING ({ORDINAL}) ORDER BY {ORDINAL}
     """
     yield from connection.sql(query).to_arrow_reader(ROWS_PER_GROUP)
@@ -150,7 +156,7 @@ def write_sorted(
     dropped = f"ANTI JOIN repeats USING ({ORDINAL})" if any_repeats else ""
     ordering = ", ".join(f's."{name}"' for name in (*order, ORDINAL))
     query = f"""
-        SELECT {columns} FROM read_parquet('{day}/*.parquet') AS s {dropped} ORDER BY {ordering}
+        SELECT {columns} FROM {read_files(day / "*.parquet")} AS s {dropped} ORDER BY {ordering}
     """
     reader = connection.sql(query).to_arrow_reader(ROWS_PER_GROUP)
     num_rows = 0

@@ -11,12 +11,13 @@ products. The suggested tier follows the censoring-aware figure.
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import duckdb
 
 from driftline.features.log import ImpressionLog
-from driftline.features.quality_sort import connect
+from driftline.features.quality_sort import connect, read_files
 from driftline.platform.artefacts import read_json, write_json
 from driftline.platform.errors import MissingArtefactError
 from driftline.platform.settings import DriftlineSettings, Feature, TierName
@@ -89,12 +90,14 @@ def estimate_scales(log: ImpressionLog, settings: DriftlineSettings) -> ScalesRe
     counts); a column of the impression on the ad product, from its first to its last impression.
     Missing values are no observations.
     """
-    connection = connect(
-        memory_limit=settings.store.memory_limit,
-        threads=settings.store.threads,
-        spill=log.root / ".spill",
-    )
-    with connection:
+    with (
+        TemporaryDirectory(dir=log.root.parent, prefix=".spill-") as spill,
+        connect(
+            memory_limit=settings.store.memory_limit,
+            threads=settings.store.threads,
+            spill=Path(spill),
+        ) as connection,
+    ):
         scales = tuple(_estimate(connection, log, feature) for feature in settings.features)
     return ScalesReport(span=log.span, features=scales)
 
@@ -207,7 +210,7 @@ def _observations(log: ImpressionLog, feature: Feature) -> str | None:
         return f"""
             SELECT ad_product_id AS k, epoch_us(event_time) AS t, impression_id AS tie,
                    {column} AS v, epoch_us(event_time) AS until
-            FROM {_files(log.impression_files())} WHERE {column} IS NOT NULL
+            FROM {read_files(*log.impression_files())} WHERE {column} IS NOT NULL
         """
     table = "counters" if feature.kind == "numeric" else "catalogue"
     files = sorted((log.root / table).glob("*.parquet"))
@@ -218,15 +221,10 @@ def _observations(log: ImpressionLog, feature: Feature) -> str | None:
         return f"""
             SELECT product_id AS k, epoch_us(event_time) AS t, 0 AS tie,
                    {column} AS v, {end} AS until
-            FROM {_files(files)} WHERE {column} IS NOT NULL
+            FROM {read_files(*files)} WHERE {column} IS NOT NULL
         """
     return f"""
         SELECT product_id AS k, epoch_us(event_time) AS t, 0 AS tie,
                arg_max({column}, created_time) AS v, epoch_us(event_time) AS until
-        FROM {_files(files)} WHERE {column} IS NOT NULL GROUP BY product_id, event_time
+        FROM {read_files(*files)} WHERE {column} IS NOT NULL GROUP BY product_id, event_time
     """
-
-
-def _files(paths: list[Path]) -> str:
-    quoted = ", ".join("'" + str(path).replace("'", "''") + "'" for path in paths)
-    return f"read_parquet([{quoted}])"
