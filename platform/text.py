@@ -6,6 +6,7 @@ separator's token; nothing inside a value can become a special token.
 
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -66,13 +67,15 @@ def serialise_table(table: pa.Table, *, last: Sequence[str] = ()) -> pa.Array:
     """``serialise_row`` for every row of a table, column by column. Strings, never null."""
     ordered = [name for name in table.column_names if name not in last]
     ordered += [name for name in last if name in table.column_names]
+    columns = ((name, _write_column(table[name])) for name in ordered)
     fields = [
-        pc.binary_join_element_wise(pa.scalar(f"{name}: "), values, "")
-        for name, values in ((name, _write_column(table[name])) for name in ordered)
+        pc.fill_null(pc.binary_join_element_wise(f"{name}: ", values, SEPARATOR, ""), "")
+        for name, values in columns
     ]
     if not fields:
         return pa.array([""] * table.num_rows, pa.string())
-    return pc.binary_join_element_wise(*fields, SEPARATOR, null_handling="skip")
+    joined = pc.binary_join_element_wise(*fields, "")
+    return pc.replace_substring_regex(joined, f"{re.escape(SEPARATOR)}$", "")
 
 
 def _write_value(value: object) -> str:
