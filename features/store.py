@@ -8,33 +8,34 @@ missing or of another type without a word, so :func:`apply` checks that first.
 import io
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Any, Final
 
-import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
-from feast import FeatureStore
+from feast import FeatureStore, FeatureView
 from feast.repo_config import RepoConfig
+from filelock import FileLock
 
 from driftline.features.definitions import VERSION_TAG, feast_objects, feast_project
+from driftline.features.online_plan import ViewPlan, plan_view
 from driftline.features.paths import materialized_path, online_folder, project_name
-from driftline.features.sources import hour_fingerprints
 from driftline.features.views import View, feature_views
 from driftline.platform.artefacts import read_json, write_json
 from driftline.platform.errors import ContractError, MissingArtefactError
 from driftline.platform.settings import DriftlineSettings
-from driftline.platform.windows import HOUR, format_time, parse_time
+from driftline.platform.windows import format_time
 from driftline.platform.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
 PLUGINS: Final = "driftline.features.feast_plugins"
 REGISTRY_CACHE_SECONDS: Final = 60
-EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+MAX_INTERVALS: Final = 24
+"""Materialisation intervals kept of each view in the registry."""
 
 
 @dataclass(frozen=True)
@@ -154,101 +155,66 @@ def materialize(settings: DriftlineSettings, *, as_of: datetime) -> MaterializeR
         MissingArtefactError: the views have not been applied.
     """
     started = time.monotonic()
-    store = open_store(settings)
-    state_path = materialized_path(settings)
-    state = read_json(state_path) if state_path.exists() else {}
-    applied = {view.name: view for view in store.list_feature_views()}
-    done: dict[str, str] = {}
-    for view in feature_views(settings):
-        known = applied.get(view.name)
-        if known is None or known.tags.get(VERSION_TAG) != view.version:
-            raise MissingArtefactError(
-                f"feature view {view.name} is not registered as the settings define it; "
-                "run `driftline features apply` first"
-            )
-        hours = _known_hours(view, settings, as_of=as_of)
-        start, kind = _plan(view, settings, state.get(view.name), hours=hours, as_of=as_of)
-        if kind == "rebuilt":
-            _forget(store, view)
-        if kind != "unchanged":
-            with redirect_stdout(io.StringIO()):  # Feast prints its progress
-                store.materialize(start, as_of, feature_views=[view.name])
-            _trim_intervals(store, view)
-        done[view.name] = kind
-        state[view.name] = {
-            "version": view.version,
-            "as_of": format_time(as_of),
-            "hours": {str(hour): value for hour, value in hours.items()},
-        }
-        write_json(state_path, state)
+    lock = Workspace.of(settings).features / ".materialize.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):  # two at once would each undo half of the other's
+        store = open_store(settings)
+        state_path = materialized_path(settings)
+        state = read_json(state_path) if state_path.exists() else {}
+        tables = _registered(store, settings)
+        plans = [
+            plan_view(view, settings, state.get(view.name), as_of=as_of)
+            for view in feature_views(settings)
+        ]
+        for start in sorted({plan.start for plan in plans}):
+            together = [plan for plan in plans if plan.start == start]
+            if gone := {plan.view.name for plan in together if plan.kind == "rebuilt"}:
+                state = {name: value for name, value in state.items() if name not in gone}
+                write_json(state_path, state)  # killed in between, it is rebuilt next time
+            _run(store, together, tables, as_of=as_of)
+            state |= {plan.view.name: plan.state for plan in together}
+            write_json(state_path, state)
     seconds = time.monotonic() - started
+    done = {plan.view.name: plan.kind for plan in plans}
     logger.info("materialised as of %s in %.2f s: %s", format_time(as_of), seconds, done)
     return MaterializeReport(as_of, seconds, done)
 
 
-def _known_hours(view: View, settings: DriftlineSettings, *, as_of: datetime) -> dict[int, str]:
-    """Fingerprints of the hours that hold rows known at ``as_of`` which can still count."""
-    first, last = _oldest_hour(view, as_of), (as_of - EPOCH) // HOUR
-    found = hour_fingerprints(view, settings)
-    return {hour: value for hour, value in found.items() if first <= hour <= last}
+def _registered(store: FeatureStore, settings: DriftlineSettings) -> dict[str, FeatureView]:
+    """Feast's views by name, all of them as the settings define them."""
+    tables = {table.name: table for table in store.list_feature_views()}
+    for name, version in feature_view_versions(settings).items():
+        if name not in tables or tables[name].tags.get(VERSION_TAG) != version:
+            raise MissingArtefactError(
+                f"feature view {name} is not registered as the settings define it; "
+                "run `driftline features apply` first"
+            )
+    return tables
 
 
-def _oldest_hour(view: View, as_of: datetime) -> int:
-    return 0 if view.ttl is None else (as_of - view.ttl - EPOCH) // HOUR
-
-
-def _plan(
-    view: View,
-    settings: DriftlineSettings,
-    state: Mapping[str, Any] | None,
+def _run(
+    store: FeatureStore,
+    plans: Sequence[ViewPlan],
+    tables: Mapping[str, FeatureView],
     *,
-    hours: Mapping[int, str],
     as_of: datetime,
-) -> tuple[datetime, str]:
-    """From which event time to read, and whether the view starts anew."""
-    everything = EPOCH if view.ttl is None else as_of - view.ttl
-    if state is None or state["version"] != view.version or not _is_online(view, settings):
-        return everything, "rebuilt"
-    before = parse_time(state["as_of"])
-    old = {int(hour): value for hour, value in state["hours"].items()}
-    last_whole = (before - EPOCH) // HOUR  # this hour may have grown since
-    oldest = _oldest_hour(view, as_of)
-    kept = {hour: value for hour, value in old.items() if oldest <= hour < last_whole}
-    grown = {hour: value for hour, value in hours.items() if hour >= last_whole}
-    if as_of < before or kept != {h: v for h, v in hours.items() if h < last_whole}:
-        return everything, "rebuilt"
-    if not grown or (grown == {last_whole: old.get(last_whole)} and as_of == before):
-        return everything, "unchanged"
-    start = _first_event(view, settings, since=EPOCH + min(grown) * HOUR)
-    return max(everything, min(start, as_of)), "added"
+) -> None:
+    """Materialise views that start at the same event time; Feast's cost is by call."""
+    names = [plan.view.name for plan in plans if plan.kind != "unchanged"]
+    for plan in plans:
+        if plan.kind == "rebuilt":
+            _forget(store, tables[plan.view.name])
+    if names:
+        with redirect_stdout(io.StringIO()):  # Feast prints its progress
+            store.materialize(plans[0].start, as_of, feature_views=names)
+    for name in names:
+        if len(tables[name].materialization_intervals) >= MAX_INTERVALS:
+            _trim_intervals(store, name)
 
 
-def _first_event(view: View, settings: DriftlineSettings, *, since: datetime) -> datetime:
-    """Oldest event time of the rows that became known at or after ``since``."""
-    micros = (since - EPOCH) // timedelta(microseconds=1)
-    files = f"{view.folder(settings)}/*.parquet".replace("'", "''")
-    with duckdb.connect(config={"threads": settings.store.threads}) as connection:
-        connection.execute("SET TimeZone = 'UTC'")
-        moment = f"make_timestamptz({micros})"
-        found = connection.execute(
-            f"SELECT epoch_us(min(event_time)) FROM read_parquet('{files}') "
-            f"WHERE event_time >= {moment} OR created_time >= {moment}"
-        ).fetchone()
-    assert found is not None
-    return since if found[0] is None else EPOCH + timedelta(microseconds=found[0])
-
-
-def _is_online(view: View, settings: DriftlineSettings) -> bool:
-    if settings.store.online == "redis":
-        return True
-    return (online_folder(settings) / view.name / "CURRENT").exists()
-
-
-def _forget(store: FeatureStore, view: View) -> None:
+def _forget(store: FeatureStore, table: FeatureView) -> None:
     """Remove a view's online rows; Feast has no call of its own for that."""
-    online = store._get_provider().online_store
-    table = store.get_feature_view(view.name)
-    online.update(
+    store._get_provider().online_store.update(
         config=store.config,
         tables_to_delete=[table],
         tables_to_keep=[],
@@ -258,9 +224,8 @@ def _forget(store: FeatureStore, view: View) -> None:
     )
 
 
-def _trim_intervals(store: FeatureStore, view: View) -> None:
+def _trim_intervals(store: FeatureStore, name: str) -> None:
     """Keep the newest materialisation interval; Feast lets the list grow for ever (feast#4440)."""
-    table = store.registry.get_feature_view(view.name, store.project)
-    if len(table.materialization_intervals) > 1:
-        table.materialization_intervals = table.materialization_intervals[-1:]
-        store.registry.apply_feature_view(table, store.project)
+    table = store.registry.get_feature_view(name, store.project)
+    table.materialization_intervals = table.materialization_intervals[-1:]
+    store.registry.apply_feature_view(table, store.project)

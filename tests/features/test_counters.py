@@ -189,7 +189,7 @@ def test_counters_equal_a_walk_over_all_impressions(
 
 
 @given(log=logs(), cuts=st.lists(st.integers(0, 9), max_size=4))
-@hypothesis_settings(max_examples=15)
+@hypothesis_settings(max_examples=10)
 def test_hour_by_hour_gives_the_rows_of_one_call(
     log: tuple[list[Row], list[Row]],
     cuts: list[int],
