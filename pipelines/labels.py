@@ -9,14 +9,13 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from torch import nn
@@ -45,6 +44,7 @@ LABELS_SCHEMA: Final = pa.schema(
 )
 
 ROWS_PER_PASS: Final = 8_192
+MICROS_PER_HOUR: Final = 3_600_000_000
 
 
 @dataclass
@@ -72,7 +72,7 @@ class SoftLabels:
         Hours of the frame are completed one group at a time, so a killed call resumes.
         """
         found = np.empty((frame.num_rows, 2), np.float32)
-        hours = pc.floor_temporal(frame["event_time"], unit="hour").to_numpy()
+        hours = frame["event_time"].cast(pa.int64()).to_numpy() // MICROS_PER_HOUR
         starts = np.flatnonzero(np.r_[True, hours[1:] != hours[:-1]][: len(hours)])
         bounds = [*starts.tolist(), frame.num_rows]
         done = 0
@@ -88,10 +88,10 @@ class SoftLabels:
                 progress(int(rows.stop), frame.num_rows)
         return found
 
-    def _complete(self, frame: pa.Table, hours: NDArray[np.datetime64]) -> NDArray[np.float32]:
+    def _complete(self, frame: pa.Table, hours: NDArray[np.int64]) -> NDArray[np.float32]:
         tokens = self.reader.tokens(frame)
         hashes = np.array([_hash_tokens(t) for t in tokens], np.int64)
-        stored = {hour: self._read(hour) for hour in np.unique(hours)}
+        stored = {hour: self._read(hour) for hour in np.unique(hours).tolist()}
         known_hashes = np.concatenate([hash_ for hash_, _ in stored.values()])
         known_logits = np.concatenate([logits for _, logits in stored.values()])
         missing = np.flatnonzero(~np.isin(hashes, known_hashes))
@@ -99,7 +99,7 @@ class SoftLabels:
             _, first = np.unique(hashes[missing], return_index=True)
             fresh = missing[np.sort(first)]
             logits = self._pass([tokens[row] for row in fresh])
-            for hour in np.unique(hours[fresh]):
+            for hour in np.unique(hours[fresh]).tolist():
                 mine = hours[fresh] == hour
                 old_hashes, old_logits = stored[hour]
                 self._write(
@@ -128,11 +128,11 @@ class SoftLabels:
     def _model(self) -> nn.Module:
         return load_model(self._spec, self.teacher.weights)
 
-    def _path(self, hour: np.datetime64) -> Path:
-        moment: datetime = pa.scalar(hour, pa.timestamp("us", "UTC")).as_py()
+    def _path(self, hour: int) -> Path:
+        moment = datetime.fromtimestamp(int(hour) * 3600, UTC)
         return self.folder / f"{format_time(moment)[:13]}.parquet"
 
-    def _read(self, hour: np.datetime64) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def _read(self, hour: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         path = self._path(hour)
         if not path.exists():
             return np.empty(0, np.int64), np.empty((0, 2), np.float32)
@@ -140,9 +140,7 @@ class SoftLabels:
         logits = np.column_stack([table["no_click"].to_numpy(), table["click"].to_numpy()])
         return table["input_hash"].to_numpy(), logits
 
-    def _write(
-        self, hour: np.datetime64, hashes: NDArray[np.int64], logits: NDArray[np.float32]
-    ) -> None:
+    def _write(self, hour: int, hashes: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
         columns = [pa.array(hashes), pa.array(logits[:, 0]), pa.array(logits[:, 1])]
         with whole_file(self._path(hour)) as scratch:
             pq.write_table(pa.Table.from_arrays(columns, schema=LABELS_SCHEMA), scratch)

@@ -256,9 +256,13 @@ class _ArmsTraining:
         own = scorer.logit_pairs(both).astype(np.float32)
         examples = self._write("both", both, own)
         start = distilled if rounds.start == "distilled" and distilled else (finetuned,)
-        objective = ObjectiveSettings(alpha=1 - rounds.true_label_share, temperature=1.0)
         return self._stage(
-            "self_training", rounds, examples, validation, start=start, objective=objective
+            "self_training",
+            rounds.stage,
+            examples,
+            validation,
+            start=start,
+            objective=rounds.objective,
         )
 
     def _stage(

@@ -46,7 +46,7 @@ from driftline.platform.inference import encode_texts, load_model
 from driftline.platform.models.spec import HeadOnlySpec
 from driftline.platform.ray_runtime import fit
 from driftline.platform.scorer import Scorer, load_head, twin_spec
-from driftline.platform.settings import DriftlineSettings, ObjectiveSettings
+from driftline.platform.settings import DriftlineSettings
 from driftline.platform.stages import StageJob
 from driftline.platform.windows import Window, format_time
 from driftline.platform.workspace import Workspace
@@ -214,13 +214,12 @@ def _train(
         return scorer_of(scratch / HEAD), rows.train.num_rows, core_seconds
     core_seconds = run("finetune", teacher, scratch / "finetuned.safetensors")
     own = scorer_of(scratch / "finetuned.safetensors").logit_pairs(rows.train)
-    self_training = refresh.self_training
     core_seconds += run(
         "self_training",
         own.astype(np.float32),
         scratch / HEAD,
-        stage=self_training,
-        objective=ObjectiveSettings(alpha=1 - self_training.true_label_share, temperature=1.0),
+        stage=refresh.self_training.stage,
+        objective=refresh.self_training.objective,
     )
     return scorer_of(scratch / HEAD), rows.train.num_rows, core_seconds
 

@@ -264,6 +264,16 @@ class SelfTrainingSettings(StageSettings):
     true_label_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Weight of the true click beside the student's own soft label."""
 
+    @property
+    def stage(self) -> StageSettings:
+        """The training part alone."""
+        return StageSettings(**{name: getattr(self, name) for name in StageSettings.model_fields})
+
+    @property
+    def objective(self) -> ObjectiveSettings:
+        """The student's own labels take the teacher's place, as they are."""
+        return ObjectiveSettings(alpha=1 - self.true_label_share, temperature=1.0)
+
 
 class TeacherSettings(Settings):
     """One tower over every feature as ``name: value``; trained once (papers.md S0.5-S0.8)."""
