@@ -78,6 +78,7 @@ def connect(*, memory_limit: str, threads: int, spill: Path) -> duckdb.DuckDBPyC
         }
     )
     connection.execute("SET TimeZone = 'UTC'")
+    connection.execute("SET enable_progress_bar = false")  # else long queries draw one on stdout
     return connection
 
 
