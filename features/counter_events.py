@@ -8,18 +8,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as ds
 from numpy.typing import NDArray
 
+from driftline.features.feast_plugins.asof import Versions
+from driftline.features.feast_plugins.scan import DuckDbSettings, connect
 from driftline.features.log import ImpressionLog
 from driftline.features.maturity import HOUR_MICROS, known_hour_sql, known_label_sql, to_micros
 from driftline.platform.settings import DriftlineSettings
 
 Group = Literal["ad", "page", "category", "category_pair"]
+
+NEVER: Final = np.iinfo(np.int64).min
+BATCH_ROWS: Final = 500_000
+"""Impressions that are given their categories at a time."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +44,6 @@ class HourCounts:
     last: NDArray[np.int64]
     last_click: NDArray[np.int64]
     """Of the last impression that was clicked; ``NEVER`` when none was."""
-
-
-NEVER = np.iinfo(np.int64).min
 
 
 class CounterEvents:
@@ -105,46 +109,45 @@ def open_events(
 
     Of the log before that, only each ad's first, last and last clicked impression is kept.
     """
-    category = settings.counters.category
-    config = {"threads": settings.store.threads, "memory_limit": settings.store.memory_limit}
-    with duckdb.connect(config=config) as connection:
-        connection.execute("SET TimeZone = 'UTC'")
+    maturity = settings.labels.maturity
+    past = (first_hour - 1) * HOUR_MICROS - to_micros(maturity)
+    end = last_hour * HOUR_MICROS - to_micros(maturity)
+    # Time limits in whole microseconds, as plain predicates: they skip row groups.
+    recent = f"event_time > make_timestamptz({past})"
+    with connect(DuckDbSettings(settings.store.threads, settings.store.memory_limit)) as connection:
         connection.execute("SET preserve_insertion_order = false")
-        maturity = settings.labels.maturity
-        files = _file_list(log.impression_files())
-        past = (first_hour - 1) * HOUR_MICROS - to_micros(maturity)
-        end = last_hour * HOUR_MICROS - to_micros(maturity)
-        # Time limits in whole microseconds, as plain predicates: they skip row groups.
         connection.execute(
             f"""
             CREATE VIEW events AS SELECT page_product_id AS page, ad_product_id AS ad,
                 event_time, epoch_us(event_time) AS moment, {known_hour_sql(maturity)} AS hour,
                 {known_label_sql(maturity)} AS label
-            FROM read_parquet({files}) WHERE event_time <= make_timestamptz({end})"""
+            FROM read_parquet({_file_list(log.impression_files())})
+            WHERE event_time <= make_timestamptz({end})"""
         )
         connection.execute(
             f"CREATE TEMP TABLE ad_past AS SELECT ad AS key, {_MOMENTS} FROM events "
             f"WHERE event_time <= make_timestamptz({past}) GROUP BY ad"
         )
-        recent = f"event_time > make_timestamptz({past})"
         for group in ("ad", "page"):
-            connection.execute(_aggregate(group, group, f"events WHERE {recent}"))
-        if category is None:
+            connection.execute(
+                f"CREATE TEMP TABLE {group}_hours AS SELECT {group} AS key, hour, "
+                f"count(*) AS impressions, count(*) FILTER (label) AS clicks, {_MOMENTS} "
+                f"FROM events WHERE {recent} GROUP BY ALL"
+            )
+        if settings.counters.category is None:
             yield CounterEvents(connection, ("ad", "page"))
             return
-        connection.register("catalogue", _categories(log, category))
-        connection.execute(
-            f"""
-            CREATE TEMP TABLE labelled AS
-            SELECT e.moment, e.hour, e.label, a.category AS ad_category,
-                p.category AS page_category
-            FROM (FROM events WHERE {recent}) e
-            ASOF LEFT JOIN catalogue a ON e.ad = a.product_id AND e.event_time >= a.event_time
-            ASOF LEFT JOIN catalogue p ON e.page = p.product_id AND e.event_time >= p.event_time"""
+        counted = _count_categories(
+            connection, _Categories(log, settings.counters.category), recent
         )
-        pair = "page_category || '|' || ad_category"
-        for group, key in (("category", "ad_category"), ("category_pair", pair)):
-            connection.execute(_aggregate(group, key, f"labelled WHERE ({key}) IS NOT NULL"))
+        connection.register("counted", counted)
+        for group, key in (("category", "ad"), ("category_pair", "page || '|' || ad")):
+            connection.execute(
+                f"CREATE TEMP TABLE {group}_hours AS SELECT {key} AS key, hour, "
+                f"sum(impressions) AS impressions, sum(clicks) AS clicks, "
+                f"0 AS first, 0 AS last, 0 AS last_click "
+                f"FROM counted WHERE ({key}) IS NOT NULL GROUP BY ALL"
+            )
         yield CounterEvents(connection, ("ad", "page", "category", "category_pair"))
 
 
@@ -154,21 +157,64 @@ _MOMENTS = (
 )
 
 
-def _aggregate(group: str, key: str, rows: str) -> str:
-    return (
-        f"CREATE TEMP TABLE {group}_hours AS SELECT {key} AS key, hour, "
-        f"count(*) AS impressions, count(*) FILTER (label) AS clicks, {_MOMENTS} "
-        f"FROM {rows} GROUP BY ALL"
+class _Categories:
+    """Category of a product at a moment: that of its latest catalogue version by then."""
+
+    def __init__(self, log: ImpressionLog, category: str) -> None:
+        columns = ["product_id", "event_time", category]
+        files = sorted((log.root / "catalogue").glob("*.parquet"))
+        table = (
+            ds.dataset(files, format="parquet").to_table(columns=columns)  # not the texts
+            if files
+            else log.catalogue().select(columns)
+        )
+        moments = np.asarray(table.column("event_time").cast(pa.int64()))
+        self._versions = Versions(table.column("product_id"), moments)
+        encoded = table.column(category).combine_chunks().dictionary_encode()
+        self.names = encoded.dictionary
+        # The last entry answers for products that have no version yet.
+        self._code = np.append(np.asarray(encoded.indices.fill_null(-1)), -1)
+
+    def codes(self, products: pa.Array, moments: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Place of the category in ``names``, -1 when it is not known. ``[B]``."""
+        found: NDArray[np.int64] = self._code[self._versions.newest(products, moments)]
+        return found
+
+
+def _count_categories(
+    connection: duckdb.DuckDBPyConnection, categories: _Categories, recent: str
+) -> pa.Table:
+    """Impressions and clicks by known hour, page category and ad category."""
+    reader = connection.sql(
+        f"SELECT moment, hour, page, ad, label::INTEGER AS clicks FROM events WHERE {recent}"
+    ).to_arrow_reader(BATCH_ROWS)
+    parts = []
+    for batch in reader:
+        moments = np.asarray(batch.column("moment"))
+        codes = {name: categories.codes(batch.column(name), moments) for name in ("page", "ad")}
+        rows = pa.table({"hour": batch.column("hour"), "clicks": batch.column("clicks"), **codes})
+        grouped = rows.group_by(["hour", "page", "ad"])
+        parts.append(grouped.aggregate([("clicks", "sum"), ([], "count_all")]))
+    if not parts:
+        parts = [pa.table({name: pa.array([], pa.int64()) for name in _COUNTED})]
+    table = pa.concat_tables(parts)
+    return pa.table(
+        {
+            "hour": table.column("hour"),
+            "page": _names(categories, table.column("page")),
+            "ad": _names(categories, table.column("ad")),
+            "clicks": table.column("clicks_sum"),
+            "impressions": table.column("count_all"),
+        }
     )
 
 
-def _categories(log: ImpressionLog, category: str) -> pa.Table:
-    """Key, time and category of every catalogue version; of ties the last row."""
-    catalogue = log.catalogue().select(["product_id", "event_time", category])
-    numbered = catalogue.append_column("row", pa.array(np.arange(catalogue.num_rows)))
-    chosen = numbered.group_by(["product_id", "event_time"]).aggregate([("row", "max")])
-    rows = catalogue.take(chosen.column("row_max"))
-    return rows.rename_columns(["product_id", "event_time", "category"])
+_COUNTED = ("hour", "page", "ad", "clicks_sum", "count_all")
+
+
+def _names(categories: _Categories, codes: pa.ChunkedArray) -> pa.Array:
+    places = np.asarray(codes)
+    return categories.names.take(pa.array(places, mask=places < 0))
 
 
 def _file_list(paths: Sequence[Path]) -> str:
