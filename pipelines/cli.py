@@ -49,12 +49,12 @@ def run(config: Config, set_: Set = None, json_: Json = False) -> None:
 @app.command()
 def plan(config: Config, set_: Set = None, json_: Json = False) -> None:
     """What would happen: tiers, clocks, schedule, model sizes, paths. Runs nothing."""
-    from driftline.features.scales import resolve_tiers, scales_path
+    from driftline.features.scales import resolve_tiers
     from driftline.pipelines.plan import make_plan, plan_text
 
     settings = load_settings(config, overrides=set_ or [])
     if any(f.tier == "auto" for f in settings.features):
-        settings = resolve_tiers(settings, scales_path(settings))
+        settings = resolve_tiers(settings, Workspace.of(settings).scales)
     found = make_plan(settings)
     Output(json_).show(plan_text(found), found)
 
@@ -136,12 +136,12 @@ def check(
 def scales(config: Config, set_: Set = None, json_: Json = False) -> None:
     """Measure every feature's drift time scale and print the factorisation plan."""
     from driftline.features.log import ImpressionLog
-    from driftline.features.scales import estimate_scales, scales_path, write_scales
+    from driftline.features.scales import estimate_scales, write_scales
 
     settings = load_settings(config, overrides=set_ or [])
     log = ImpressionLog.open(Workspace.of(settings).clean, settings)
     report = estimate_scales(log, settings)
-    write_scales(report, scales_path(settings))
+    write_scales(report, Workspace.of(settings).scales)
     _show(json_, report)
 
 
@@ -317,10 +317,10 @@ def _refresh(
 
 def _settings(config: Path, overrides: list[str] | None) -> DriftlineSettings:
     """Settings with every tier known; ``auto`` tiers come from ``driftline scales``."""
-    from driftline.features.scales import resolve_tiers, scales_path
+    from driftline.features.scales import resolve_tiers
 
     settings = load_settings(config, overrides=overrides or [])
-    return resolve_tiers(settings, scales_path(settings))
+    return resolve_tiers(settings, Workspace.of(settings).scales)
 
 
 def _ray(settings: DriftlineSettings) -> Any:

@@ -53,7 +53,9 @@ class MlpPeer:
         """Train from scratch on all that is known."""
         frame = replayed_frame(settings, window, as_of=as_of, replay_share=0)
         rows = split_rows(settings, frame)
-        tabular = TabularEncoder.fit(rows.train, head_columns(settings))
+        tabular = TabularEncoder.fit(
+            rows.train, head_columns(settings), num_bins=settings.student.head.num_bins
+        )
         spec = MlpSpec(
             cardinalities=tabular.cardinalities,
             num_numbers=tabular.num_numbers,

@@ -175,7 +175,9 @@ class _ArmsTraining:
         stale_frame = known_frame(settings, Window(span.start, stale_end), as_of=as_of)
         recent = split_rows(settings, recent_frame, max_rows=arms.finetune.max_rows)
         stale = split_rows(settings, stale_frame, max_rows=distil.max_rows)
-        tabular = TabularEncoder.fit(recent.train, head_columns(settings))
+        tabular = TabularEncoder.fit(
+            recent.train, head_columns(settings), num_bins=settings.student.head.num_bins
+        )
         scratch = workspace.scratch / f"arms-{format_time(as_of).replace(':', '')}"
         texts = known_texts(settings, as_of=as_of)
         encoder = None
@@ -297,7 +299,6 @@ class _ArmsTraining:
         num_workers = self.settings.student.arms_refresh.num_workers
         result = fit(job, num_workers=num_workers, ray=self.settings.ray, progress=self.progress)
         self.core_seconds += result.core_seconds
-        logger.info("%s: %s %.4f in %.0f s", job.name, result.metric, result.best, result.seconds)
         return output
 
     def encode(self, weights: Path) -> Path:

@@ -13,7 +13,7 @@ from driftline.features.log import ImpressionLog, IngestReport
 from driftline.features.mind import ingest_mind
 from driftline.features.parquet_log import ingest_parquet
 from driftline.features.quality import check_log
-from driftline.features.scales import estimate_scales, resolve_tiers, scales_path, write_scales
+from driftline.features.scales import estimate_scales, resolve_tiers, write_scales
 from driftline.features.simulate import SimulationReport, simulate
 from driftline.pipelines.plan import make_plan, plan_text
 from driftline.pipelines.prepare import prepare_features
@@ -60,9 +60,9 @@ def run_all(settings: DriftlineSettings, *, progress_bar: ProgressBar) -> RunRes
             logger.info("\n".join(f"{name}: {text}" for name, text in verdict.rows()))
     for _ in timer.step("scales"):
         log = ImpressionLog.open(workspace.clean, settings)
-        if not scales_path(settings).exists():
-            write_scales(estimate_scales(log, settings), scales_path(settings))
-        settings = resolve_tiers(settings, scales_path(settings))
+        if not workspace.scales.exists():
+            write_scales(estimate_scales(log, settings), workspace.scales)
+        settings = resolve_tiers(settings, workspace.scales)
         logger.info("the plan:\n%s", plan_text(make_plan(settings)))
     for _ in timer.step("features"):
         with progress_bar("features") as progress:

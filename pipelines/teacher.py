@@ -125,7 +125,6 @@ def train_teacher(
         result = fit(
             job, num_workers=settings.ray.teacher_workers, ray=settings.ray, progress=progress
         )
-        logger.info("%s: %s %.4f in %.0f s", job.name, result.metric, result.best, result.seconds)
         results.append(result)
         initial = (job.output,)
     with whole_directory(workspace.teacher) as folder:

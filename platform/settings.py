@@ -290,6 +290,8 @@ class HeadSettings(Settings):
 
     hidden_sizes: tuple[PositiveInt, ...] = (512, 256)
     category_embedding_size: PositiveInt = 16
+    num_bins: NonNegativeInt = 24
+    """Pieces in which a number of the impression is also given; 0 for none."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
 
 

@@ -1,6 +1,7 @@
 """Frame columns to what the head reads: category numbers and normalised values.
 
-Shape suffixes: B rows, C categorical columns, N numeric columns, F = 2 N (value and missing flag).
+Shape suffixes: B rows, C categorical columns, N numeric columns, P pieces of a column, F everything
+numeric that the head reads: values, missing flags, pieces.
 """
 
 import json
@@ -55,6 +56,22 @@ class NumberScaler:
     transform: Transform
     mean: float
     deviation: float
+    edges: tuple[float, ...] = ()
+    """Quantiles of the raw value between which it is also given piece by piece, ascending."""
+
+    @property
+    def num_pieces(self) -> int:
+        """P: pieces of the piecewise-linear form, 0 without one."""
+        return max(0, len(self.edges) - 1)
+
+    def pieces(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """How far each piece between two edges is filled; 0 when missing. ``[B, P]``.
+
+        Source: Gorishniy et al. 2022, "On Embeddings for Numerical Features", equation 1.
+        """
+        edges = np.array(self.edges)
+        low, width = edges[:-1], np.diff(edges)
+        return np.nan_to_num(np.clip((values[:, None] - low) / width, 0, 1))
 
 
 @dataclass(frozen=True)
@@ -62,15 +79,25 @@ class TabularEncoder:
     """The tabular half of a student, fitted on one training window and stored in its bundle.
 
     Source: papers.md S0.12 (log1p, standardise, missing indicator, OOV row). Values inside [0, 1],
-    such as click rates, are spread by a logit instead of log1p.
+    such as click rates, are spread by a logit instead of log1p. Numbers of the impression itself
+    (a position, the length of the list) act by thresholds and hardly drift: they are given piece
+    by piece as well. Counters are not: measured on MIND, pieces of drifting values overfit.
     """
 
     categories: tuple[CategoryVocabulary, ...]
     numbers: tuple[NumberScaler, ...]
 
     @classmethod
-    def fit(cls, frame: pa.Table, columns: Sequence[HeadColumn]) -> "TabularEncoder":
-        """Learn vocabularies and scales from a frame."""
+    def fit(
+        cls, frame: pa.Table, columns: Sequence[HeadColumn], *, num_bins: int = 0
+    ) -> "TabularEncoder":
+        """Learn vocabularies and scales from a frame.
+
+        Args:
+            frame: Training rows.
+            columns: What the head reads.
+            num_bins: Most pieces of a number of the impression; 0 for none.
+        """
         categories, numbers = [], []
         for column in columns:
             values = frame[column.name].combine_chunks()
@@ -79,18 +106,23 @@ class TabularEncoder:
                 spare = max(MIN_SPARE, int(len(known) * SPARE_SHARE))
                 categories.append(CategoryVocabulary(column.name, known, 1 + len(known) + spare))
             else:
-                numbers.append(_fit_scaler(column.name, _to_float(values)))
+                floats = _to_float(values)
+                edges = _quantiles(floats, num_bins) if column.alias is None else ()
+                numbers.append(replace(_fit_scaler(column.name, floats), edges=edges))
         return cls(tuple(categories), tuple(numbers))
 
     def refitted(self, frame: pa.Table) -> "TabularEncoder":
         """New scales and room for new categories; every known category keeps its number.
 
-        The transforms stay, so that a warm-started head reads inputs of the same shape.
+        Transforms and edges stay, so that a warm-started head reads inputs of the same shape.
         """
         return TabularEncoder(
             tuple(c.extended(frame[c.column].combine_chunks()) for c in self.categories),
             tuple(
-                _fit_scaler(n.column, _to_float(frame[n.column]), transform=n.transform)
+                replace(
+                    _fit_scaler(n.column, _to_float(frame[n.column]), transform=n.transform),
+                    edges=n.edges,
+                )
                 for n in self.numbers
             ),
         )
@@ -102,8 +134,8 @@ class TabularEncoder:
 
     @property
     def num_numbers(self) -> int:
-        """F: each numeric column gives its value and a missing flag."""
-        return 2 * len(self.numbers)
+        """F: each numeric column gives its value, a missing flag, and its pieces if it has any."""
+        return sum(2 + number.num_pieces for number in self.numbers)
 
     def encode(self, columns: Columns) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Head inputs, ``[B, C]`` and ``[B, F]``.
@@ -122,12 +154,20 @@ class TabularEncoder:
         categories_BC = np.empty((num_rows, len(self.categories)), np.int32)
         for index, category in enumerate(self.categories):
             categories_BC[:, index] = category.encode(_to_strings(columns[category.column]))
-        values_BN = np.empty((num_rows, len(self.numbers)), np.float32)
-        for index, number in enumerate(self.numbers):
-            values_BN[:, index] = _scale(_to_float(columns[number.column]), number)
+        raw = [_to_float(columns[number.column]) for number in self.numbers]
+        values_BN = np.empty((num_rows, len(raw)), np.float32)
+        for index, (number, values) in enumerate(zip(self.numbers, raw, strict=True)):
+            values_BN[:, index] = _scale(values, number)
         missing_BN = np.isnan(values_BN)
-        numbers_BF = np.concatenate([np.where(missing_BN, 0, values_BN), missing_BN], axis=1)
-        return categories_BC, numbers_BF.astype(np.float32)
+        pieces = [
+            number.pieces(values)
+            for number, values in zip(self.numbers, raw, strict=True)
+            if number.num_pieces
+        ]
+        numbers_BF = np.concatenate(
+            [np.where(missing_BN, 0, values_BN), missing_BN, *pieces], axis=1, dtype=np.float32
+        )
+        return categories_BC, numbers_BF
 
     def to_json(self) -> str:
         """Readable form, the inverse of ``from_json``."""
@@ -142,7 +182,7 @@ class TabularEncoder:
                 CategoryVocabulary(c["column"], tuple(c["values"]), c["capacity"])
                 for c in raw["categories"]
             ),
-            tuple(NumberScaler(**number) for number in raw["numbers"]),
+            tuple(NumberScaler(**n | {"edges": tuple(n["edges"])}) for n in raw["numbers"]),
         )
 
 
@@ -163,6 +203,15 @@ def _fit_scaler(
     mean = float(moved.mean()) if len(moved) else 0.0
     deviation = float(moved.std()) if len(moved) else 1.0
     return NumberScaler(column, chosen, mean, deviation if deviation > 1e-6 else 1.0)
+
+
+def _quantiles(values: NDArray[np.float64], num_bins: int) -> tuple[float, ...]:
+    """Distinct quantiles of the present values; none when the column hardly varies."""
+    finite = values[np.isfinite(values)]
+    if not num_bins or not len(finite):
+        return ()
+    edges = np.unique(np.quantile(finite, np.linspace(0, 1, num_bins + 1)))
+    return tuple(edges.tolist()) if len(edges) > 2 else ()
 
 
 def _choose_transform(values: NDArray[np.float64]) -> Transform:

@@ -29,6 +29,11 @@ class Workspace:
         return self.root / "clean"
 
     @property
+    def scales(self) -> Path:
+        """Measured drift time scales of all features."""
+        return self.root / "scales.json"
+
+    @property
     def features(self) -> Path:
         """Feast: ``registry.db``, ``sources/VIEW/*.parquet``, ``online/``."""
         return self.root / "features"
