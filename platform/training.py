@@ -173,10 +173,11 @@ class Loop:
         with torch.inference_mode(), autocast(device, self.stage.autocast):
             measures = self.task.evaluate(self.model, device=device)
         self._train_mode()
+        train_loss = self.workers.all_sum(np.array([now.train_loss]), device)[0]
         row = {
             "step": float(now.step),
             "epoch": now.step / plan.steps_per_epoch,
-            "train_loss": now.train_loss / max(1, now.train_steps),
+            "train_loss": float(train_loss) / (self.workers.world_size * max(1, now.train_steps)),
             **measures,
         }
         now.history.append(row)
