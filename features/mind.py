@@ -11,7 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -64,8 +64,9 @@ def ingest_mind(
     """Turn ``behaviors.tsv`` and ``news.tsv`` into ``impressions/`` and ``catalogue/``.
 
     ``impression_id`` is ``ID-POSITION`` and ``request_id`` is ``ID``; ``click_time`` is null, for
-    the layout has none. Times are taken as UTC. Every product's single version is dated to the hour
-    in which the log starts: the layout does not say when an article appeared.
+    the layout has none. Times are taken as UTC. The layout does not say when an article appeared;
+    its single version is dated to the beginning of the hour in which it is first a page or a
+    candidate, and to the start of the log if it never is.
 
     Args:
         source: Folder with the two files.
@@ -83,6 +84,7 @@ def ingest_mind(
     schema = nullable(impressions_schema(settings, key=pa.string()))
     num_rows = num_clicks = 0
     times: list[tuple[datetime, datetime]] = []
+    seen: list[pa.Table] = []
     with whole_directory(destination) as scratch:
         (scratch / "impressions").mkdir()
         with pq.ParquetWriter(scratch / "impressions" / "behaviors.parquet", schema) as writer:
@@ -92,6 +94,7 @@ def ingest_mind(
                     continue
                 limits = pc.min_max(rows.column("event_time"))
                 times.append((limits["min"].as_py(), limits["max"].as_py()))
+                seen.append(_first_seen(rows))
                 num_rows += rows.num_rows
                 num_clicks += pc.sum(rows.column("clicked")).as_py()
                 writer.write_table(_complete(rows, schema), row_group_size=ROWS_PER_GROUP)
@@ -103,7 +106,7 @@ def ingest_mind(
                 "times like '11/9/2019 12:01:13 AM' and candidates like 'N123-0 N456-1'"
             )
         span = span_of(min(low for low, _ in times), max(high for _, high in times))
-        products = _products(news, at=span.start, aside=aside)
+        products = _dated(_products(news, aside=aside), pa.concat_tables(seen), start=span.start)
         wanted = catalogue_schema(settings, key=pa.string())
         (scratch / "catalogue").mkdir()
         pq.write_table(_complete(products, wanted), scratch / "catalogue" / "news.parquet")
@@ -303,7 +306,27 @@ def hour_columns(hours: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, pa.Arr
     }
 
 
-def _products(path: Path, *, at: datetime, aside: _Aside) -> pa.Table:
+def _first_seen(rows: pa.Table) -> pa.Table:
+    """When each product of these rows is first a page or a candidate."""
+    sides = [
+        pa.table({"product_id": rows.column(side), "event_time": rows.column("event_time")})
+        for side in ("page_product_id", "ad_product_id")
+    ]
+    grouped = pa.concat_tables(sides).group_by("product_id").aggregate([("event_time", "min")])
+    return grouped.rename_columns(["product_id", "event_time"])
+
+
+def _dated(products: pa.Table, seen: pa.Table, *, start: datetime) -> pa.Table:
+    """Products with ``event_time``: the hour they are first seen in, or the start of the log."""
+    first = seen.group_by("product_id").aggregate([("event_time", "min")])
+    at = pc.index_in(products.column("product_id"), value_set=first.column("product_id"))
+    times = first.column("event_time_min").combine_chunks().take(at.combine_chunks())
+    hours = pc.floor_temporal(times, unit="hour").cast(TIME)
+    dated = pc.fill_null(hours, pa.scalar(start, TIME))
+    return products.add_column(1, pa.field("event_time", TIME), dated)
+
+
+def _products(path: Path, *, aside: _Aside) -> pa.Table:
     """One version of each article; of a repeated id the first line counts."""
     parts = []
     for lines, first_line, _ in _chunks(path, None):
@@ -327,17 +350,12 @@ def _products(path: Path, *, at: datetime, aside: _Aside) -> pa.Table:
         aside.add("news.tsv", row["line"], "no product id", "")
     table = table.filter(named)
     texts = {name: _empty_to_null(table.column(name)) for name in PRODUCT_COLUMNS}
-    times = pa.array(np.full(table.num_rows, _micros(at)), pa.int64()).cast(TIME)
-    return pa.table({"product_id": table.column("id"), "event_time": times, **texts})
+    return pa.table({"product_id": table.column("id"), **texts})
 
 
 def _empty_to_null(column: pa.ChunkedArray) -> pa.ChunkedArray:
     trimmed = pc.utf8_trim_whitespace(column)
     return pc.if_else(pc.equal(trimmed, ""), pa.scalar(None, pa.string()), trimmed)
-
-
-def _micros(moment: datetime) -> int:
-    return (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
 
 
 def _complete(table: pa.Table, schema: pa.Schema) -> pa.Table:
