@@ -142,7 +142,7 @@ class SimulateSource(Settings):
     num_applications: PositiveInt = 4
     ads_per_page: PositiveInt = 10
     click_rate: Share = 0.05
-    campaign_days: PositiveFloat = 3.0
+    campaign_days: PositiveFloat = 4.0
     """How long a campaign of an advertiser lasts on average; applications drift as fast."""
     start: AwareDatetime
     """First moment of the market."""
