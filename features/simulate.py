@@ -270,7 +270,7 @@ class _LogWriter:
         flat = ads.ravel()
         logits = (
             day.worth[row_hours, flat]
-            + day.application[row_hours, apps[parent], market.category[flat]]
+            + day.application[row_hours, apps[parent]]
             + day.affinity[market.topic[pages][parent], market.topic[flat]]
             + day.base[row_hours]
         )

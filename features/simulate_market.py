@@ -9,7 +9,7 @@ words             title and description                        months (AR(1))
 affinity          page text x ad text                          months (AR(1))
 category          category                                     weeks (AR(1))
 campaign          advertiser; a campaign ends, another begins  ``campaign_days``
-application       application x category                       ``campaign_days`` (AR(1))
+application       application; likewise                        ``campaign_days``
 demand            sales counters, click counters               hours (shock, then decay)
 novelty           time since launch                            days
 hour of the week  hour_of_week                                 never
@@ -49,17 +49,17 @@ BURN_IN_HOURS: Final = 7 * 24
 class MarketShape:
     """Standard deviations in log-odds, and time scales."""
 
-    words: float = 0.45
-    affinity: float = 0.25
-    category: float = 0.2
-    campaign: float = 0.85
-    application: float = 0.4
+    words: float = 0.35
+    affinity: float = 0.1
+    category: float = 0.12
+    campaign: float = 0.9
+    application: float = 0.85
     novelty: float = 0.5
     """Height at launch; falls by a factor e every ``novelty_hours``."""
-    hour_of_day: float = 0.15
-    product_shock: float = 0.9
+    hour_of_day: float = 0.12
+    product_shock: float = 0.7
     """Scale of one shock to one product; 7 of 10 shocks are upward."""
-    category_shock: float = 0.5
+    category_shock: float = 0.4
     words_hours: float = 60 * 24.0
     affinity_hours: float = 60 * 24.0
     category_hours: float = 14 * 24.0
@@ -69,10 +69,10 @@ class MarketShape:
     shocks_per_category_day: float = 0.7
     edits_per_product_day: float = 0.01
     """Share of products whose text is edited each day."""
-    sales_per_hour: float = 40.0
-    sales_elasticity: float = 1.3
+    sales_per_hour: float = 100.0
+    sales_elasticity: float = 1.5
     """Log-sales per unit of demand."""
-    sales_spread: float = 0.25
+    sales_spread: float = 0.15
     """Standard deviation of the products' own log-sales."""
 
 
@@ -81,14 +81,14 @@ class Day:
     """One day of the market, hour by hour.
 
     Shapes: H hours of the day, P products of all times (launched or not), A applications,
-    C categories, K topics.
+    K topics.
     """
 
     day: int
     worth: Floats
     """Log-odds of each product as the ad, without its partner and surroundings. ``[H, P]``."""
     application: Floats
-    """Log-odds of an application for each category of ads. ``[H, A, C]``."""
+    """Log-odds of each application. ``[H, A]``."""
     affinity: Floats
     """Log-odds of (page topic, ad topic). ``[K, K]``."""
     base: Floats
@@ -103,6 +103,28 @@ class Day:
     """Units sold in the hour *before* each hour; NaN before the launch. ``[H, P]``."""
     versions: tuple[tuple[int, Indices, Indices], ...]
     """(hour of the day, products launched or edited, their quality words from then on)."""
+
+
+class Campaigns:
+    """What each advertiser's (or application's) running campaign is worth; each ends some day.
+
+    Lengths are uniform within a third of the mean. The next campaign begins at once and lies on the
+    other side of the average: after a discount comes the full price.
+    """
+
+    def __init__(self, rng: np.random.Generator, count: int, *, mean_days: float) -> None:
+        self.worth: Floats = _spread(rng, count)
+        self._mean_hours = 24.0 * mean_days
+        self._hours_left: Floats = self._mean_hours * rng.random(count)
+
+    def pass_hour(self, rng: np.random.Generator) -> None:
+        """Let an hour pass; replace the campaigns that end."""
+        self._hours_left -= 1.0
+        ended = self._hours_left <= 0
+        following = -np.sign(self.worth) * np.abs(_spread(rng, ended.size))
+        self.worth = np.where(ended, following, self.worth)
+        length = self._mean_hours * rng.uniform(2 / 3, 4 / 3, size=ended.size)
+        self._hours_left = np.where(ended, length, self._hours_left)
 
 
 class Market:
@@ -138,7 +160,9 @@ class Market:
         self.category: Indices = rng.integers(0, source.num_categories, size=count)
         other = rng.integers(0, self.num_topics, size=count)
         self.topic: Indices = np.where(rng.random(count) < 0.8, self.category, other)
-        self.advertiser: Indices = rng.integers(0, source.num_advertisers, size=count)
+        self.advertiser: Indices = rng.choice(
+            source.num_advertisers, size=count, p=_shares(source.num_advertisers)
+        )
         self.quality_words: Indices = rng.integers(0, NUM_QUALITY_WORDS, size=(count, NUM_QUALITY))
         within = rng.integers(0, TOPIC_WORDS_EACH, size=(count, NUM_TOPIC))
         self.topic_words: Indices = self.topic[:, None] * TOPIC_WORDS_EACH + within
@@ -157,8 +181,8 @@ class Market:
         self._words = rng.standard_normal(NUM_QUALITY_WORDS)
         self._affinity = rng.standard_normal((self.num_topics, self.num_topics))
         self._category = rng.standard_normal(source.num_categories)
-        self._campaign = rng.standard_normal(source.num_advertisers)
-        self._application = rng.standard_normal((source.num_applications, source.num_categories))
+        self._campaign = Campaigns(rng, source.num_advertisers, mean_days=source.campaign_days)
+        self._application = Campaigns(rng, source.num_applications, mean_days=source.campaign_days)
         self._product_demand = np.zeros(self.num_products)
         self._category_demand = np.zeros(source.num_categories)
         for _ in range(BURN_IN_HOURS):
@@ -167,14 +191,11 @@ class Market:
     def _pass_hour(self) -> None:
         """Let one hour pass for everything that drifts."""
         shape, rng = self.shape, self._rng
-        campaign_hours = 24.0 * self.source.campaign_days
         self._words = _drift(rng, self._words, shape.words_hours)
         self._affinity = _drift(rng, self._affinity, shape.affinity_hours)
         self._category = _drift(rng, self._category, shape.category_hours)
-        self._application = _drift(rng, self._application, campaign_hours)
-        ended = rng.random(self._campaign.size) < 1 / campaign_hours
-        fresh = rng.standard_normal(self._campaign.size)
-        self._campaign = np.where(ended, fresh, self._campaign)
+        self._campaign.pass_hour(rng)
+        self._application.pass_hour(rng)
         keep = np.exp(-1 / shape.shock_decay_hours)
         struck = rng.random(self.num_products) < shape.shocks_per_product_day / HOURS_A_DAY
         sizes = rng.exponential(shape.product_shock, size=int(struck.sum()))
@@ -209,7 +230,7 @@ class Market:
         worth: Floats = (
             shape.words * text
             + shape.category * self._category[self.category]
-            + shape.campaign * self._campaign[self.advertiser]
+            + shape.campaign * self._campaign.worth[self.advertiser]
             + shape.novelty * np.exp(-age / shape.novelty_hours)
             + self.demand()
         )
@@ -225,7 +246,7 @@ class Market:
         sales_rng = np.random.default_rng([*self._sales_seed, day])
         worth = np.empty((HOURS_A_DAY, count))
         sales = np.full((HOURS_A_DAY, count), np.nan)
-        applications = np.empty((HOURS_A_DAY, source.num_applications, source.num_categories))
+        applications = np.empty((HOURS_A_DAY, source.num_applications))
         ad_cdf, page_cdf = np.empty_like(worth), np.empty_like(worth)
         versions = []
         for hour in range(HOURS_A_DAY):
@@ -243,7 +264,7 @@ class Market:
             if products.size:
                 versions.append((hour, products, self.quality_words[products]))
             worth[hour] = self._worth(now)
-            applications[hour] = shape.application * self._application
+            applications[hour] = shape.application * self._application.worth
             launched = self.launch_hour <= now
             ad_cdf[hour] = _cumulative(self._ad_weight * launched)
             page_cdf[hour] = _cumulative(self._page_weight * launched)
@@ -283,7 +304,7 @@ class Market:
         topics = rng.integers(0, self.num_topics, size=size)
         apps = rng.integers(0, self.source.num_applications, size=size)
         logits = worth[hours, ads] + base[hours]
-        logits += applications[hours, apps, self.category[ads]] + affinity[topics, self.topic[ads]]
+        logits += applications[hours, apps] + affinity[topics, self.topic[ads]]
         low, high = -20.0, 20.0
         for _ in range(40):
             middle = (low + high) / 2
@@ -307,10 +328,24 @@ def _drift(rng: np.random.Generator, state: Floats, hours: float) -> Floats:
     return moved
 
 
+def _spread(rng: np.random.Generator, count: int) -> Floats:
+    """Unit variance without tails: no single campaign decides how hard a log is."""
+    worth: Floats = rng.uniform(-math.sqrt(3), math.sqrt(3), size=count)
+    return worth
+
+
 def _power_law(rng: np.random.Generator, count: int) -> Floats:
     """Popularity: rank to the power of -0.8, ranks in random order."""
-    weights: Floats = (1.0 + rng.permutation(count)) ** -0.8
+    ranks = 1 + rng.permutation(count)
+    weights: Floats = np.power(ranks.astype(np.float64), -0.8)
     return weights
+
+
+def _shares(count: int) -> Floats:
+    """Shares of the products by advertiser: a few are large."""
+    weights = np.power(np.arange(1.0, count + 1), -1.1)
+    shares: Floats = weights / weights.sum()
+    return shares
 
 
 def _cumulative(weights: Floats) -> Floats:
