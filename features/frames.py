@@ -28,6 +28,7 @@ from driftline.features.frame_keys import frame_keys
 from driftline.features.log import ImpressionLog
 from driftline.features.maturity import known_label
 from driftline.features.store import open_store
+from driftline.features.views import NO_TEXT
 from driftline.platform.artefacts import whole_file
 from driftline.platform.columns import TEXT_ID_COLUMNS, head_columns
 from driftline.platform.contract import TIME
@@ -163,6 +164,9 @@ def join_features(
             )
         for column, alias, view in wanted:
             found[column] = joined.column(feast_column(column, alias, view))
+            if column in TEXT_ID_COLUMNS:
+                is_text = pc.not_equal(found[column], NO_TEXT)
+                found[column] = pc.if_else(is_text, found[column], pa.scalar(None, pa.int64()))
     return found
 
 

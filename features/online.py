@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from driftline.features.online_views import (
-    NO_TEXT,
     FeastLookup,
     Key,
     SnapshotLookup,
@@ -23,7 +22,7 @@ from driftline.features.online_views import (
     Wanted,
 )
 from driftline.features.paths import materialized_path, online_folder
-from driftline.features.views import TEXT_ID, View, feature_views
+from driftline.features.views import NO_TEXT, TEXT_ID, View, feature_views
 from driftline.platform.artefacts import read_json
 from driftline.platform.columns import PRODUCT_ALIASES, TEXT_ID_COLUMNS, head_columns
 from driftline.platform.settings import DriftlineSettings

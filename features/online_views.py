@@ -6,21 +6,19 @@ Shape suffixes: K requested keys, N keys of a snapshot, F numeric features.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from driftline.features.feast_plugins.snapshot import Snapshot, current_version
-from driftline.features.views import TEXT_ID, View
+from driftline.features.views import NO_TEXT, TEXT_ID, View
 
 if TYPE_CHECKING:
     from feast import FeatureStore
 
 Key = int | str
-NO_TEXT: Final = 0
-"""Stands for a missing text id; no text has it."""
 
 
 @dataclass(frozen=True)

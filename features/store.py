@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 PLUGINS: Final = "driftline.features.feast_plugins"
 REGISTRY_CACHE_SECONDS: Final = 60
+WRITE_BATCH_ROWS: Final = 10_000
 MAX_INTERVALS: Final = 24
 """Materialisation intervals kept of each view in the registry."""
 
@@ -60,7 +61,13 @@ def open_store(settings: DriftlineSettings) -> FeatureStore:
     online: dict[str, Any] = {"type": f"{PLUGINS}.online.SnapshotOnlineStore"}
     engine: dict[str, Any] = {"type": f"{PLUGINS}.engine.SnapshotComputeEngine"}
     if settings.store.online == "redis":
-        online = {"type": "redis", "connection_string": settings.store.redis_address}
+        online = {
+            "type": "redis",
+            "connection_string": settings.store.redis_address,
+            # A correction has the event time of what it corrects, and Redis would refuse it. Every
+            # write here holds the newest row of its key, so none can overwrite a newer one.
+            "skip_dedup": True,
+        }
         engine = {"type": "local"}
     else:
         online["path"] = str(online_folder(settings).parent)
@@ -82,6 +89,10 @@ def open_store(settings: DriftlineSettings) -> FeatureStore:
         },
         online_store=online,
         batch_engine=engine,
+        materialization={
+            "pull_latest_features": True,
+            "online_write_batch_size": WRITE_BATCH_ROWS,
+        },
         entity_key_serialization_version=3,
         repo_path=workspace.features,
     )

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from driftline.features.log import ImpressionLog
 from driftline.features.sources import replace_source
-from driftline.features.views import TEXT_ID, feature_views
+from driftline.features.views import NO_TEXT, TEXT_ID, feature_views
 from driftline.platform.artefacts import whole_file
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.workspace import Workspace, require
@@ -91,13 +91,16 @@ def write_product_sources(settings: DriftlineSettings) -> CatalogueReport:
         index = catalogue.column_names.index(name)
         catalogue = catalogue.set_column(index, name, _blank_to_null(catalogue.column(name)))
     catalogue = catalogue.append_column(TEXT_ID, text_ids(catalogue, names=names))
-    catalogue = catalogue.append_column("created_time", catalogue.column("event_time"))
+    place = catalogue.column_names.index(TEXT_ID)
+    numbered = catalogue.column(TEXT_ID).fill_null(NO_TEXT)
+    products = catalogue.set_column(place, TEXT_ID, numbered)
+    products = products.append_column("created_time", products.column("event_time"))
     counters = log.counters()
     for view in feature_views(settings):
         if view.origin == "derived":
             continue
         columns = view.schema(key=log.key_type).names
-        rows = catalogue if view.origin == "catalogue" else counters
+        rows = products if view.origin == "catalogue" else counters
         if rows is None:
             rows = view.schema(key=log.key_type).empty_table()
         elif view.origin == "counters":

@@ -32,8 +32,11 @@ JOIN_KEYS: Final[Mapping[Entity, str]] = {
     "category_pair": "category_pair_key",
 }
 TEXT_ID: Final = "text_id"
+NO_TEXT: Final = 0
+"""Stands for a missing text in sources and online stores, where a null would turn Feast's integers
+into floats and so into other texts; in frames it is null."""
 TIERS: Final[tuple[TierName, ...]] = ("long", "medium", "short")
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Raise it when the meaning of a stored value changes; every view's version follows."""
 
 
