@@ -37,6 +37,8 @@ class BatchPlan:
     first_row: int = 0
     lengths: NDArray[np.int64] | None = None
     """Tokens of each row; rows of similar length then share a batch. ``[first_row + num_rows]``."""
+    block_rows: int = 1
+    """Neighbouring rows that stay together: ads of one page, whose text is then encoded once."""
     _epoch: int = field(default=-1, init=False)
     _batches: list[Rows] = field(default_factory=list, init=False)
 
@@ -58,8 +60,16 @@ class BatchPlan:
             self._epoch = epoch
         return self._batches[place]
 
+    def _permute(self, random: np.random.Generator) -> Rows:
+        """Whole blocks, cut at a different place in every epoch, in random order."""
+        shift = int(random.integers(self.block_rows))
+        inner = np.arange(-shift, self.num_rows + self.block_rows, self.block_rows)
+        blocks = random.permutation(inner)
+        order = (blocks[:, None] + np.arange(self.block_rows)).reshape(-1)
+        return order[(order >= 0) & (order < self.num_rows)]
+
     def _shuffle(self, random: np.random.Generator) -> Iterator[Rows]:
-        order = random.permutation(self.num_rows) + self.first_row
+        order = self._permute(random) + self.first_row
         starts = np.arange(0, self.num_rows, self.batch_size)
         if self.lengths is not None:
             neighbourhood = self.batch_size * SORT_BATCHES

@@ -48,6 +48,8 @@ class ClickInputs(ABC):
     teacher_logits: Float32 | None
     lengths: NDArray[np.int64] | None = None
     """Tokens of each row, where rows of similar length should share a batch."""
+    block_rows: int = 1
+    """Neighbouring rows that should share a batch."""
 
     @abstractmethod
     def collate(self, rows: Rows) -> tuple[object, ...]:
@@ -95,6 +97,8 @@ class _PairInputs(ClickInputs):
 
 class TwinInputs(_PairInputs):
     """Pairs with the text of both products; each distinct (text, role) of a batch stands once."""
+
+    block_rows = 4  # neighbours in time are ads of one page: a third fewer texts to encode
 
     def __init__(self, spec: TwinSpec, rows: PairRows, texts: Texts) -> None:
         super().__init__(rows, spec.head.cardinalities, spec.head.num_numbers)

@@ -8,11 +8,10 @@ import logging
 import os
 import shutil
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
@@ -25,10 +24,10 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchTrainer
 
 from driftline.platform import errors
-from driftline.platform.artefacts import whole_file
 from driftline.platform.errors import DriftlineError, ResourceError, TrainingError
 from driftline.platform.settings import RaySettings
 from driftline.platform.stages import StageJob, StageResult, run_stage
+from driftline.platform.step_file import StepFile, followed
 from driftline.platform.training import Progress
 
 logger = logging.getLogger(__name__)
@@ -37,7 +36,6 @@ NAMESPACE: Final = "driftline"
 TRAINER: Final = "driftline-head-trainer"
 MAX_FAILURES: Final = 2  # a lost worker is replaced and continues from the checkpoint
 WAIT_SECONDS: Final = 60.0  # for processors that others hold
-PROGRESS_SECONDS: Final = 0.3
 # A thread that waits for another must sleep: spinning beside other processes costs tenfold.
 WORKER_ENVIRONMENT: Final = {"OMP_WAIT_POLICY": "PASSIVE"}
 # "/session_<date>_<time>_<pid>/sockets/plasma_store" must fit a Unix socket's path, 107 bytes.
@@ -166,7 +164,7 @@ def fit(
         TrainingError: workers died more than ``MAX_FAILURES`` times.
         DriftlineError: whatever ``run_stage`` raises.
     """
-    with _watch(job, progress):
+    with followed(StepFile.of(job.checkpoints), progress):
         if num_workers > 0:
             return _fit_group(job, num_workers=num_workers, settings=ray)
         if _on_driver():
@@ -285,7 +283,7 @@ def _train(config: Mapping[str, Any]) -> dict[str, Any]:
             report=lambda measures: ray.train.report(dict(measures)),
             rank=rank,
             world_size=world_size,
-            progress=_ProgressFile(_progress_path(job)).write,
+            progress=StepFile.of(job.checkpoints).write,
         )
     except DriftlineError as error:
         return {"error": type(error).__name__, "message": str(error)}
@@ -305,59 +303,3 @@ def _worker_resources(cpus: float, gpus: float) -> dict[str, float]:
 def _on_driver() -> bool:
     """Ray runs, and this process is not itself one of its workers."""
     return ray.is_initialized() and ray.get_runtime_context().worker.mode != ray.WORKER_MODE
-
-
-# --- progress -----------------------------------------------------------------------------
-
-
-@dataclass
-class _ProgressFile:
-    """Steps done, handed from the worker to the command through the checkpoint folder's parent."""
-
-    path: Path
-    _written: float = 0.0
-
-    def write(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if done == total or now - self._written > PROGRESS_SECONDS:
-            self._written = now
-            with whole_file(self.path) as scratch:
-                scratch.write_text(f"{done} {total}")
-
-    def read(self) -> tuple[int, int] | None:
-        try:
-            done, total = self.path.read_text().split()
-        except FileNotFoundError:
-            return None
-        return int(done), int(total)
-
-
-def _progress_path(job: StageJob) -> Path:
-    return job.checkpoints.with_name(f".{job.checkpoints.name}.progress")
-
-
-@contextmanager
-def _watch(job: StageJob, progress: Progress | None) -> Iterator[None]:
-    file = _ProgressFile(_progress_path(job))
-    stop = threading.Event()
-    thread = threading.Thread(target=_follow, args=(file, progress, stop), daemon=True)
-    if progress is not None:
-        thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        if progress is not None:
-            thread.join()
-        file.path.unlink(missing_ok=True)
-
-
-def _follow(file: _ProgressFile, progress: Callable[[int, int], None], stop: Any) -> None:
-    last = None
-    ended = False
-    while not ended:
-        ended = stop.wait(PROGRESS_SECONDS)
-        now = file.read()
-        if now is not None and now != last:
-            progress(*now)
-            last = now

@@ -20,17 +20,11 @@ from driftline.platform.devices import choose_device
 from driftline.platform.errors import EmptyWindowError
 from driftline.platform.examples import open_tokens
 from driftline.platform.inputs import ClickInputs, open_inputs
+from driftline.platform.masked_language import MlmTask, masked_language_model
 from driftline.platform.models.build import build_model
 from driftline.platform.models.spec import ModelSpec, parse_spec
 from driftline.platform.settings import ObjectiveSettings, StageSettings
-from driftline.platform.tasks import (
-    ClickTask,
-    MlmTask,
-    StopOn,
-    Task,
-    Workers,
-    masked_language_model,
-)
+from driftline.platform.tasks import ClickTask, StopOn, Task, Workers
 from driftline.platform.training import Loop, Progress, Progression, Report
 
 logger = logging.getLogger(__name__)
@@ -65,6 +59,17 @@ class StageJob:
     """Weights to start from, later files win; each may hold a part of the model."""
     stop_on: StopOn = "loss"
     trainable: Literal["all", "head"] = "all"
+
+    def __post_init__(self) -> None:
+        if self.task == "mlm" and (self.objective, self.stop_on, self.trainable) != (
+            None,
+            "loss",
+            "all",
+        ):
+            raise ValueError(
+                f"stage {self.name}: an mlm stage has no objective, stops on 'loss' and trains "
+                f"'all', got {self.objective}, {self.stop_on!r}, {self.trainable!r}"
+            )
 
     def identity(self) -> str:
         """Hash of everything that decides the result, contents of the files included."""

@@ -1,6 +1,6 @@
-"""What one step learns and what an evaluation measures, for clicks and for masked language.
+"""What one step learns and what an evaluation measures.
 
-Shape suffixes: B rows of a step, K masked positions, N evaluated rows, T tokens.
+Shape suffixes: B rows of a step, N evaluated rows.
 """
 
 from collections.abc import Iterator
@@ -14,14 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from driftline.platform.batching import Rows, by_length
-from driftline.platform.devices import to_device
-from driftline.platform.examples import TokenRows
-from driftline.platform.inputs import ClickInputs, frame_texts
+from driftline.platform.inputs import ClickInputs
 from driftline.platform.metrics import roc_auc
-from driftline.platform.models.encoder import MaskedLanguageModel, MaskedTexts, TextEncoder
-from driftline.platform.models.spec import EncoderSpec, ModelSpec, SingleSpec, TeacherSpec, TwinSpec
-from driftline.platform.models.student import AD, PAGE, TwinStudent
-from driftline.platform.models.teacher import ClickTower
 from driftline.platform.objective import click_loss, soft_loss
 from driftline.platform.settings import ObjectiveSettings
 
@@ -30,9 +24,6 @@ StopOn = Literal["loss", "soft_loss", "auc"]
 MAX_EVALUATION_ROWS: Final = 100_000
 INFERENCE_TOKENS: Final = 16_384
 INFERENCE_ROWS: Final = 8_192
-MASK_SHARE: Final = 0.15
-MASK_TOKEN_SHARE, RANDOM_TOKEN_SHARE = 0.8, 0.1
-EVALUATION_STEP: Final = 2**40  # random stream of evaluations, apart from that of training steps
 
 
 @dataclass(frozen=True)
@@ -61,6 +52,7 @@ class Task(Protocol):
     first_row: int
     num_rows: int
     lengths: NDArray[np.int64] | None
+    block_rows: int
     stop_on: StopOn
 
     def loss(self, model: nn.Module, rows: Rows, *, step: int, device: torch.device) -> Tensor:
@@ -91,6 +83,7 @@ class ClickTask:
         self.num_rows = min(train.num_rows, max_rows or train.num_rows)
         self.first_row = train.num_rows - self.num_rows
         self.lengths = train.lengths
+        self.block_rows = train.block_rows
         self.evaluated = pick_rows(
             validation.num_rows if validation else 0, limit=MAX_EVALUATION_ROWS, seed=seed
         )
@@ -151,96 +144,6 @@ class ClickTask:
         return wanted
 
 
-class MlmTask:
-    """Masked language: 15 % of the tokens, of which 80/10/10 masked, random, kept (S0.9).
-
-    Masks are drawn anew in every step, from the seed; special tokens are never masked. A twin
-    student reads each text as page or as ad, by chance.
-    """
-
-    stop_on: StopOn = "loss"
-
-    def __init__(
-        self,
-        spec: ModelSpec,
-        train: TokenRows,
-        validation: TokenRows | None,
-        *,
-        workers: Workers,
-        seed: int,
-        max_rows: int | None = None,
-    ) -> None:
-        self.encoder, self.roles = _roles(spec)
-        self.train = train
-        self.validation = validation
-        self.workers = workers
-        self.seed = seed
-        self.num_rows = min(len(train), max_rows or len(train))
-        self.first_row = len(train) - self.num_rows
-        self.lengths: NDArray[np.int64] | None = train.tokens.lengths
-        self.evaluated = pick_rows(
-            len(validation) if validation else 0, limit=MAX_EVALUATION_ROWS // 4, seed=seed
-        )
-        special = np.array(self.encoder.specials.ids)
-        self._plain = np.setdiff1d(np.arange(self.encoder.vocabulary_size), special)
-        self._special = special
-
-    def loss(self, model: nn.Module, rows: Rows, *, step: int, device: torch.device) -> Tensor:
-        """See ``Task``."""
-        parts, num_masked = self._parts(self.train, rows, step=step)
-        losses_K: Tensor = model(to_device(parts, device))
-        return losses_K.sum() * (self.workers.world_size / max(1, num_masked))
-
-    def evaluate(self, model: nn.Module, *, device: torch.device) -> dict[str, float]:
-        """Mean loss at masked positions; every evaluation masks the same ones."""
-        if self.validation is None or not len(self.evaluated):
-            return {}
-        total = np.zeros(2)
-        lengths = self.validation.tokens.lengths[self.evaluated]
-        batches = by_length(lengths, max_tokens=INFERENCE_TOKENS, width=3)
-        for number, places in enumerate(batches):
-            rows = self.evaluated[places]
-            parts, _ = self._parts(self.validation, rows, step=EVALUATION_STEP + number)
-            losses_K = model(to_device(parts, device))
-            total += (float(losses_K.sum()), len(losses_K))
-        total = self.workers.all_sum(total, device)
-        return {"loss": float(total[0] / max(1.0, total[1]))}
-
-    def _parts(self, source: TokenRows, rows: Rows, *, step: int) -> tuple[list[MaskedTexts], int]:
-        random = np.random.default_rng((self.seed, step))
-        role_B = random.integers(len(self.roles), size=len(rows))
-        parts, num_masked = [], 0
-        for number, role in enumerate(self.roles):
-            chosen = rows[role_B == number]
-            tokens_BT, mask_BT = frame_texts(
-                self.encoder, source.tokens, chosen if len(chosen) else np.array([-1]), role=role
-            )
-            masked_BT, picked_BT = self._mask(tokens_BT.numpy(), random)
-            num_masked += int(picked_BT.sum())
-            own = slice(self.workers.rank, None, self.workers.world_size)
-            if len(picked_BT) <= self.workers.rank:  # fewer texts than workers: one, unmasked
-                own, picked_BT = slice(0, 1), np.zeros_like(picked_BT)
-            place_K = torch.from_numpy(np.flatnonzero(picked_BT[own]))
-            target_K = tokens_BT[own].flatten()[place_K]
-            parts.append((torch.from_numpy(masked_BT[own]), mask_BT[own], place_K, target_K))
-        return parts, num_masked
-
-    def _mask(
-        self, tokens_BT: NDArray[np.int64], random: np.random.Generator
-    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        picked_BT = random.random(tokens_BT.shape) < MASK_SHARE
-        picked_BT &= ~np.isin(tokens_BT, self._special)
-        way_BT = random.random(tokens_BT.shape)
-        drawn_BT = self._plain[random.integers(len(self._plain), size=tokens_BT.shape)]
-        masked_BT = np.where(picked_BT & (way_BT < MASK_TOKEN_SHARE), self._mask_id, tokens_BT)
-        randomly_BT = picked_BT & (way_BT >= 1 - RANDOM_TOKEN_SHARE)
-        return np.where(randomly_BT, drawn_BT, masked_BT), picked_BT
-
-    @property
-    def _mask_id(self) -> int:
-        return self.encoder.specials.mask
-
-
 def predict(
     model: nn.Module, inputs: ClickInputs, rows: Rows, *, device: torch.device
 ) -> NDArray[np.float64]:
@@ -269,31 +172,6 @@ def pick_rows(num_rows: int, *, limit: int, seed: int) -> Rows:
     if num_rows <= limit:
         return np.arange(num_rows)
     return np.sort(np.random.default_rng((seed, 1)).choice(num_rows, limit, replace=False))
-
-
-def masked_language_model(model: nn.Module) -> MaskedLanguageModel:
-    """The encoders of a model under a new prediction head.
-
-    Raises:
-        ValueError: the model has no encoder.
-    """
-    if isinstance(model, ClickTower):
-        return MaskedLanguageModel([model.encoder])
-    if isinstance(model, TwinStudent):
-        backbones = [b for b in model.arms.backbones if isinstance(b, TextEncoder)]
-        return MaskedLanguageModel(backbones)
-    raise ValueError(f"masked-language training needs an encoder; {type(model).__name__} has none")
-
-
-def _roles(spec: ModelSpec) -> tuple[EncoderSpec, tuple[int | None, ...]]:
-    """Encoder and the roles it reads texts in: part n of a step is for encoder n modulo them."""
-    match spec:
-        case TeacherSpec() | SingleSpec():
-            return spec.encoder, (None,)
-        case TwinSpec():
-            return spec.encoder, (PAGE, AD) if spec.tie_arms else (None, None)
-        case _:
-            raise ValueError(f"masked-language training needs an encoder, got kind {spec.kind!r}")
 
 
 def _hard_labels(clicked_N: NDArray[np.float32]) -> NDArray[np.bool_]:

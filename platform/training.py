@@ -113,6 +113,7 @@ class Loop:
             seed=self.seed,
             first_row=self.task.first_row,
             lengths=self.task.lengths,
+            block_rows=self.task.block_rows,
         )
 
     def _restore(self, optimizer: torch.optim.Optimizer, device: torch.device) -> Progression:

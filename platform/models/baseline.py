@@ -9,8 +9,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from driftline.platform.models.layers import mlp
 from driftline.platform.models.spec import MlpSpec
-from driftline.platform.models.student import mlp
 
 
 class MlpBaseline(nn.Module):

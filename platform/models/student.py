@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from driftline.platform.models.encoder import TextEncoder
+from driftline.platform.models.layers import mlp
 from driftline.platform.models.spec import HeadOnlySpec, HeadSpec, TwinSpec
 
 PAGE: Final = 0
@@ -173,12 +174,3 @@ class HeadOnly(nn.Module):
         ad_BH = torch.where(missing_B2[:, 1:], self.head.neutral_ad, ad_BH)
         logits: Tensor = self.head(page_BH, ad_BH, categories_BC, numbers_BF)
         return logits
-
-
-def mlp(num_inputs: int, hidden_sizes: Sequence[int], *, dropout: float) -> nn.Sequential:
-    """Linear, ReLU and dropout for each hidden size, then two logits."""
-    layers: list[nn.Module] = []
-    for width in hidden_sizes:
-        layers += [nn.Linear(num_inputs, width), nn.ReLU(), nn.Dropout(dropout)]
-        num_inputs = width
-    return nn.Sequential(*layers, nn.Linear(num_inputs, 2))

@@ -6,6 +6,7 @@ Shape suffixes: B rows, T tokens, H hidden width.
 from torch import Tensor, nn
 
 from driftline.platform.models.encoder import TextEncoder
+from driftline.platform.models.layers import LogitLayer
 from driftline.platform.models.spec import TowerSpec
 
 
@@ -24,7 +25,7 @@ class ClickTower(nn.Module):
             nn.Linear(hidden, hidden),
             nn.ReLU(),
             nn.Dropout(spec.encoder.dropout),
-            nn.Linear(hidden, 2),
+            LogitLayer(hidden),
         )
 
     def forward(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:

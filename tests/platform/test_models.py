@@ -258,6 +258,20 @@ def test_a_checkpoint_with_too_few_positions_is_refused(bert_checkpoint: Path) -
         encoder_spec(checkpoint)
 
 
+def test_logits_keep_their_precision_under_autocast(tiny_market: Any) -> None:
+    torch.manual_seed(0)
+    model = build_model(tiny_market.head).eval()
+    inputs = open_inputs(
+        tiny_market.head,
+        tiny_market.file("train.arrow"),
+        vectors=tiny_market.file("vectors.safetensors"),
+    )
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = inputs.logits(model, np.arange(500), device=torch.device("cpu"))
+    assert logits.dtype == torch.float32
+    assert len(set(logits[:, 1].tolist())) > 490  # bfloat16 would leave some dozens
+
+
 def test_the_baseline_has_three_layers() -> None:
     layers = [m for m in build_model(MlpSpec()).layers if isinstance(m, nn.Linear)]  # type: ignore[union-attr]
     assert len(layers) == 3  # papers.md S0.34

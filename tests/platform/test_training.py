@@ -37,10 +37,11 @@ from driftline.platform.examples import (
 )
 from driftline.platform.inference import encode_texts, load_model, predict_logits
 from driftline.platform.inputs import open_inputs
+from driftline.platform.masked_language import MlmTask
 from driftline.platform.models.build import build_model
 from driftline.platform.settings import ObjectiveSettings, StageSettings
 from driftline.platform.stages import StageJob, StageResult, run_stage
-from driftline.platform.tasks import MlmTask, Workers
+from driftline.platform.tasks import Workers
 from driftline.platform.training import learning_rate
 
 CPU = torch.device("cpu")
@@ -54,13 +55,14 @@ CPU = torch.device("cpu")
     batch_size=st.integers(1, 40),
     first_row=st.integers(0, 5),
     ragged=st.booleans(),
+    block_rows=st.integers(1, 5),
     seed=st.integers(0, 99),
 )
 def test_an_epoch_holds_every_row_once(
-    num_rows: int, batch_size: int, first_row: int, ragged: bool, seed: int
+    num_rows: int, batch_size: int, first_row: int, ragged: bool, block_rows: int, seed: int
 ) -> None:
     lengths = np.random.default_rng(seed).integers(0, 50, first_row + num_rows) if ragged else None
-    plan = BatchPlan(num_rows, batch_size, 2, seed, first_row, lengths)
+    plan = BatchPlan(num_rows, batch_size, 2, seed, first_row, lengths, block_rows)
     for epoch in range(2):
         steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
         rows = np.concatenate([plan.rows(step) for step in steps])
@@ -73,6 +75,15 @@ def test_any_step_can_be_asked_for_in_any_order() -> None:
     found = [backward.rows(step).tolist() for step in reversed(range(forward.num_steps))]
     assert found[::-1] == wanted
     assert wanted[0] != wanted[forward.steps_per_epoch]
+
+
+def test_neighbours_share_a_batch_where_that_saves_encoding() -> None:
+    def num_texts(block_rows: int) -> float:
+        plan = BatchPlan(4000, 100, 1, seed=0, block_rows=block_rows)
+        pages = np.arange(4000) // 3  # three ads on a page, next to each other
+        return float(np.mean([len(set(pages[plan.rows(step)])) for step in range(40)]))
+
+    assert num_texts(4) < 0.65 * num_texts(1)
 
 
 def test_rows_of_similar_length_share_a_batch() -> None:
@@ -448,6 +459,13 @@ def test_a_loss_that_is_no_number_stops_the_stage(tiny_market: Any, tmp_path: Pa
     with pytest.raises(TrainingError, match="the loss became nan at step 1"):
         run_stage(job)
     assert not job.output.exists()
+
+
+def test_a_masked_language_stage_refuses_what_it_would_ignore(
+    tiny_market: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="an mlm stage has no objective, stops on 'loss'"):
+        tiny_market.job("mlm", tmp_path, objective=ObjectiveSettings())
 
 
 def test_an_empty_example_file_is_refused(tiny_market: Any, tmp_path: Path) -> None:
