@@ -30,6 +30,8 @@ ROWS_PER_GROUP: Final = 32_768
 
 ORDER: Final = ("event_time", "impression_id")
 
+WEEKDAYS: Final = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+
 
 @dataclass(frozen=True)
 class IngestReport:
@@ -155,20 +157,6 @@ def nullable(schema: pa.Schema) -> pa.Schema:
     return pa.schema([field.with_nullable(True) for field in schema])
 
 
-def write_by_day(
-    folder: Path, batches: Sequence[pa.Table], *, schema: pa.Schema, time_column: str = "event_time"
-) -> None:
-    """Write tables that fit into memory as one file a UTC day, rows in the order given."""
-    table = pa.concat_tables(batches).cast(schema)
-    folder.mkdir(parents=True, exist_ok=True)
-    days = day_numbers(table.column(time_column))
-    for day in np.unique(days):
-        rows = table.filter(pa.array(days == day))
-        pq.write_table(
-            rows, folder / f"{day_name(int(day))}.parquet", row_group_size=ROWS_PER_GROUP
-        )
-
-
 def day_numbers(times: pa.ChunkedArray | pa.Array) -> np.ndarray[Any, np.dtype[np.int64]]:
     """UTC days since the epoch of non-null contract times."""
     micros = np.asarray(pc.cast(times, pa.int64()))
@@ -178,6 +166,18 @@ def day_numbers(times: pa.ChunkedArray | pa.Array) -> np.ndarray[Any, np.dtype[n
 def day_name(day: int) -> str:
     """``YYYY-MM-DD`` of a day since the epoch."""
     return (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(days=day)).strftime("%Y-%m-%d")
+
+
+def hour_columns(hours: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, pa.Array]:
+    """``hour_of_week`` (``sat-07``) and ``hour_of_day`` (``07``) of hours since the epoch, UTC."""
+    of_day = hours % 24
+    weekday = (hours // 24 + 3) % 7  # 1970-01-01 was a Thursday
+    weeks = pa.array([f"{day}-{hour:02d}" for day in WEEKDAYS for hour in range(24)])
+    days = pa.array([f"{hour:02d}" for hour in range(24)])
+    return {
+        "hour_of_week": weeks.take(pa.array(weekday * 24 + of_day)),
+        "hour_of_day": days.take(pa.array(of_day)),
+    }
 
 
 def _time_bounds(path: Path) -> tuple[datetime, datetime] | None:

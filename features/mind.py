@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from driftline.features.log import ROWS_PER_GROUP, IngestReport, nullable, span_of
+from driftline.features.log import ROWS_PER_GROUP, IngestReport, hour_columns, nullable, span_of
 from driftline.platform.artefacts import whole_directory, write_json
 from driftline.platform.contract import TIME, catalogue_schema, impressions_schema
 from driftline.platform.errors import ContractError, SettingsError
@@ -41,7 +41,6 @@ CONTEXT_COLUMNS: Final = {
     "num_candidates": "numeric",
 }
 TIME_FORMAT: Final = "%m/%d/%Y %I:%M:%S %p"
-WEEKDAYS: Final = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 LINES_PER_CHUNK: Final = 8_192
 
 QUARANTINE_SCHEMA: Final = pa.schema(
@@ -292,18 +291,6 @@ def _context(times: pa.Array) -> dict[str, pa.Array]:
     """Hour of the week (``sat-07``) and of the day (``07``), UTC."""
     hours = np.asarray(pc.cast(times, pa.int64())) // 3_600_000_000
     return hour_columns(hours)
-
-
-def hour_columns(hours: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, pa.Array]:
-    """``hour_of_week`` (``sat-07``) and ``hour_of_day`` (``07``) of hours since the epoch, UTC."""
-    of_day = hours % 24
-    weekday = (hours // 24 + 3) % 7  # 1970-01-01 was a Thursday
-    weeks = pa.array([f"{day}-{hour:02d}" for day in WEEKDAYS for hour in range(24)])
-    days = pa.array([f"{hour:02d}" for hour in range(24)])
-    return {
-        "hour_of_week": weeks.take(pa.array(weekday * 24 + of_day)),
-        "hour_of_day": days.take(pa.array(of_day)),
-    }
 
 
 def _first_seen(rows: pa.Table) -> pa.Table:

@@ -18,8 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from driftline.features.log import ROWS_PER_GROUP, IngestReport, span_of
-from driftline.features.mind import hour_columns
+from driftline.features.log import ROWS_PER_GROUP, IngestReport, hour_columns, span_of
 from driftline.features.simulate_market import HOURS_A_DAY, Day, Floats, Indices, Market, draw
 from driftline.features.simulate_oracle import OracleTally
 from driftline.features.simulate_sales import SalesLedger
