@@ -1,6 +1,7 @@
 import json
 import math
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -444,6 +445,34 @@ def test_progress_counts_all_rows(tmp_path: Path) -> None:
         progress=lambda done, total: seen.append((done, total)),
     )
     assert seen[-1] == (11, 11)
+
+
+KILL_MIDWAY = """
+import json, os, signal, sys
+from datetime import datetime, UTC
+from pathlib import Path
+from driftline.features.quality import check_log
+from driftline.platform.settings import parse_settings
+settings = parse_settings(json.loads(sys.argv[1]), origin="test")
+def kill(done, total):
+    if done == total:
+        os.kill(os.getpid(), signal.SIGKILL)
+now = datetime(2026, 1, 4, tzinfo=UTC)
+check_log(Path(sys.argv[2]), Path(sys.argv[3]), settings=settings, now=now, progress=kill)
+"""
+
+
+def test_a_killed_check_leaves_the_last_clean_log_and_runs_again(tmp_path: Path) -> None:
+    write_impressions(tmp_path / "raw", [impression(1)])
+    check(tmp_path)
+    write_impressions(tmp_path / "raw", [impression(2)], name="b")
+    call = [sys.executable, "-c", KILL_MIDWAY, SETTINGS.model_dump_json()]
+    killed = subprocess.run([*call, str(tmp_path / "raw"), str(tmp_path / "clean")], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert ImpressionLog.open(tmp_path / "clean", SETTINGS).num_rows == 1
+    check(tmp_path)
+    assert ImpressionLog.open(tmp_path / "clean", SETTINGS).num_rows == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"raw", "clean"}
 
 
 CHECK_IN_A_PROCESS = """

@@ -1,5 +1,8 @@
 import json
 import math
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -103,6 +106,28 @@ def test_a_simulated_log_passes_the_quality_check_without_a_complaint(
     assert verdict.counters is not None
     assert verdict.counters.num_quarantined == verdict.counters.num_replaced == 0
     assert verdict.span == market.report.span
+
+
+KILL_AFTER_A_DAY = """
+import json, os, signal, sys
+from pathlib import Path
+from driftline.features.simulate import simulate
+from driftline.platform.settings import parse_settings
+settings = parse_settings(json.loads(sys.argv[1]), origin="test")
+simulate(settings, Path(sys.argv[2]), progress=lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+def test_a_killed_simulation_leaves_no_log_and_runs_again_to_the_same_end(tmp_path: Path) -> None:
+    settings = make_settings(num_days=2, impressions_per_day=500, num_products=30)
+    simulate(settings, tmp_path / "whole")
+    call = [sys.executable, "-c", KILL_AFTER_A_DAY, settings.model_dump_json()]
+    killed = subprocess.run([*call, str(tmp_path / "log")], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "log").exists()
+    simulate(settings, tmp_path / "log")
+    assert contents(tmp_path / "log") == contents(tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"log", "whole"}
 
 
 def test_progress_tells_the_days(tmp_path: Path) -> None:
