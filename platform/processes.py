@@ -95,6 +95,27 @@ def spawn_module(
         )
 
 
+def spawn_detached(
+    module: str, arguments: Sequence[str], *, family: str, log: Path
+) -> ProcessIdentity:
+    """Like :func:`spawn_module`, for a process that is meant to outlive this one."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    pid = os.posix_spawn(
+        sys.executable,
+        [sys.executable, "-m", module, *arguments],
+        {**os.environ, MARK: family},
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, str(log), append, 0o644),
+            (os.POSIX_SPAWN_DUP2, 1, 2),
+        ],
+        setsid=True,
+    )
+    identity = ProcessIdentity.of(pid)
+    return identity or ProcessIdentity(pid, started=0.0)
+
+
 def family_members(family: str) -> list[psutil.Process]:
     """Every living process that carries the mark, this one excepted."""
     members = []

@@ -161,6 +161,9 @@ def _ray(
     settings: DriftlineSettings, *, address: str | None, switches: dict[str, str], scratch: Path
 ) -> Iterator[str]:
     """Ray for the duration of the block; gives its address. A running Ray is only left."""
+    # Read when Ray starts: no usage report, and no warning about accelerators that are not there.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
     if address is not None:

@@ -13,18 +13,18 @@ from driftline.platform.settings import DriftlineSettings
 from driftline.platform.workspace import Workspace
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def market(tmp_path_factory: pytest.TempPathFactory) -> TinyMarket:
     """Features online as of ``AS_OF``; no champion."""
     return TinyMarket.make(tiny_settings(tmp_path_factory.mktemp("tiny")))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def first(market: TinyMarket) -> Bundle:
     return market.bundle(seed=1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def second(market: TinyMarket) -> Bundle:
     return market.bundle(seed=2)
 

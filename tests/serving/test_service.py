@@ -14,10 +14,11 @@ from tests.tiny_market import AS_OF, Request, TinyMarket
 
 from driftline.features.store import materialize
 from driftline.features.texts import read_texts
+from driftline.features.views import feature_views
 from driftline.platform.bundle import Bundle
 from driftline.platform.errors import MissingArtefactError, RequestError
 from driftline.platform.scorer import Scorer
-from driftline.platform.settings import DriftlineSettings
+from driftline.platform.settings import DriftlineSettings, parse_settings
 from driftline.serving.once import parse_context, score_once
 from driftline.serving.requests import RefusedRequestError
 from driftline.serving.service import BundleService
@@ -325,3 +326,11 @@ def test_the_command_refuses_what_is_no_product_or_no_pair(
         score_once(market.settings, page=1, ads=[2], context=parse_context(["app=web"]))
     with pytest.raises(RequestError, match="name=value"):
         parse_context(["app"])
+
+
+def test_settings_that_travelled_as_json_name_the_same_features(market: TinyMarket) -> None:
+    written = json.dumps(market.settings.model_dump(mode="json"))
+    read = parse_settings(json.loads(written), origin="test")
+
+    assert read == market.settings
+    assert feature_views(read) == feature_views(market.settings)
