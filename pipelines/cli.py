@@ -154,7 +154,7 @@ def features_prepare(
 
     settings = _settings(config, set_)
     with progress_bar("features") as progress:
-        moment = parse_time(as_of) if as_of else None
+        moment = _time(as_of) if as_of else None
         window = prepare_features(settings, as_of=moment, progress=progress)
     text = f"frames {window} in {Workspace.of(settings).frames}"
     Output(json_).show(text, {"start": window.start, "end": window.end})
@@ -290,6 +290,72 @@ def replay(config: Config, set_: Set = None, json_: Json = False) -> None:
     Output(json_).show(result.text, result.figures)
 
 
+@app.command()
+def serve(config: Config, set_: Set = None) -> None:
+    """Serve the champion in the foreground, until Ctrl-C."""
+    from driftline.serving.server import serve_forever
+
+    settings = _settings(config, set_)
+    serve_forever(
+        settings,
+        on_ready=lambda url, _: Output(False).show(f"serving {settings.name} at {url}", {}),
+    )
+
+
+@app.command()
+def score(
+    config: Config,
+    page: Annotated[str, typer.Option(help="Page product.")],
+    ad: Annotated[list[str], typer.Option(help="Ad product; may be given often.")],
+    context: Annotated[list[str] | None, typer.Option(help="Feature: name=value.")] = None,
+    as_of: AsOf = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Score one page and some ads in this process: what the server would answer."""
+    from driftline.serving.once import parse_context, score_once
+
+    answer = score_once(
+        _settings(config, set_),
+        page=page,
+        ads=ad,
+        context=parse_context(context or []),
+        as_of=_time(as_of) if as_of else None,
+    )
+    pairs = zip(ad, answer["probabilities"], strict=True)
+    text = "\n".join(f"{product:<20} {probability:.5f}" for product, probability in pairs)
+    Output(json_).show(f"bundle {answer['bundle']}\n{text}", answer)
+
+
+@app.command()
+def up(config: Config, set_: Set = None, json_: Json = False) -> None:
+    """Start Ray, the server and the cadence service, and leave them running."""
+    from driftline.pipelines.operation import up as start
+
+    report = start(_settings(config, set_))
+    text = f"{'already up' if report.already else 'up'} at {report.url}, logs in {report.logs}"
+    Output(json_).show(text, {"url": report.url, "already": report.already, "logs": report.logs})
+
+
+@app.command()
+def status(config: Config, set_: Set = None, json_: Json = False) -> None:
+    """Tiers with both ages, last and next runs, champion, serving health."""
+    from driftline.pipelines.status import status as look
+    from driftline.pipelines.status import status_text
+
+    found = look(_settings(config, set_), now=datetime.now(UTC))
+    Output(json_).show(status_text(found), found)
+
+
+@app.command()
+def down(config: Config, set_: Set = None, json_: Json = False) -> None:
+    """Stop what `up` started, and nothing else."""
+    from driftline.pipelines.operation import down as stop
+
+    stopped = stop(_settings(config, set_))
+    Output(json_).show(f"stopped {stopped} processes", {"stopped": stopped})
+
+
 def main() -> None:
     """Entry point: errors a user can act on are one line, everything else a traceback."""
     quiet_libraries()
@@ -334,8 +400,15 @@ def _moment(settings: DriftlineSettings, as_of: str | None) -> datetime:
     from driftline.features.log import ImpressionLog
 
     if as_of is not None:
-        return parse_time(as_of)
+        return _time(as_of)
     return ImpressionLog.open(Workspace.of(settings).clean, settings).span.end
+
+
+def _time(text: str) -> datetime:
+    try:
+        return parse_time(text)
+    except ValueError as error:
+        raise SettingsError(f"--as-of: {error}") from error
 
 
 def _log_folder(settings: DriftlineSettings, out: Path | None) -> Path:

@@ -29,6 +29,7 @@ from driftline.platform.examples import Ragged, TokenRows
 from driftline.platform.inference import load_model, predict_logits
 from driftline.platform.inputs import TowerInputs
 from driftline.platform.models.spec import TeacherSpec
+from driftline.platform.sampling import soft_labelled
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.windows import format_time
 from driftline.platform.workspace import Workspace
@@ -149,14 +150,15 @@ class SoftLabels:
 def label_log(
     settings: DriftlineSettings, *, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, int]:
-    """Label every training row of the log: train rows thinned, validation rows natural."""
+    """Label every training row of the log that the teacher is asked about."""
     span = prepare_features(settings)
     frame = known_frame(settings, span, as_of=span.end + settings.labels.maturity)
-    rows = split_rows(settings, frame)
-    both = pa.concat_tables([rows.train, rows.validation]).sort_by("event_time")
+    rows = split_rows(settings, frame).train
+    share = settings.labels.soft_label_share
+    rows = rows.filter(pa.array(soft_labelled(rows, share=share, seed=settings.seed)))
     store = SoftLabels.open(settings)
-    store.logits(both, progress=progress)
-    return {"num_rows": both.num_rows, "num_passes": store.num_passes}
+    store.logits(rows, progress=progress)
+    return {"num_rows": rows.num_rows, "num_passes": store.num_passes}
 
 
 def shift_prior(

@@ -217,7 +217,7 @@ def _mechanical(bundle: Bundle, scorer: Scorer, frame: pa.Table) -> Mapping[str,
     ads = frame.take(pa.array(np.resize(np.arange(frame.num_rows), NUM_ADS_TIMED)))
     scores = scorer.score(ads)
     seconds = []
-    for _ in range(5):
+    for _ in range(10):
         started = time.perf_counter()
         scorer.score(ads)
         seconds.append(time.perf_counter() - started)
@@ -225,7 +225,7 @@ def _mechanical(bundle: Bundle, scorer: Scorer, frame: pa.Table) -> Mapping[str,
         "loads": True,
         "answers": len(scores) == NUM_ADS_TIMED,
         "finite": bool(np.isfinite(scores).all()),
-        "fast": 1000 * float(np.median(seconds)),
+        "fast": 1000 * min(seconds),  # of the code, not of what else the machine does
     }
 
 

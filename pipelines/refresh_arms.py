@@ -8,7 +8,7 @@ published (papers.md S0.17-S0.20, S0.33).
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal
@@ -37,6 +37,7 @@ from driftline.pipelines.student import (
 from driftline.pipelines.training_sets import (
     TrainingRows,
     known_frame,
+    newest,
     split_rows,
     write_pair_examples,
 )
@@ -62,12 +63,15 @@ from driftline.platform.models.spec import (
     head_spec,
 )
 from driftline.platform.ray_runtime import fit
+from driftline.platform.sampling import soft_labelled
 from driftline.platform.scorer import Scorer, load_head, student_json
 from driftline.platform.settings import DriftlineSettings, ObjectiveSettings, StageSettings
 from driftline.platform.stages import StageJob
 from driftline.platform.tabular import TabularEncoder
 from driftline.platform.windows import Window, format_time, split_span
 from driftline.platform.workspace import Workspace
+
+MAX_VALIDATION_ROWS = 5_000
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +178,8 @@ class _ArmsTraining:
         distil = arms.distil or StageSettings()
         stale_frame = known_frame(settings, Window(span.start, stale_end), as_of=as_of)
         recent = split_rows(settings, recent_frame, max_rows=arms.finetune.max_rows)
-        stale = split_rows(settings, stale_frame, max_rows=distil.max_rows)
+        recent = replace(recent, validation=newest(recent.validation, MAX_VALIDATION_ROWS))
+        stale = _asked(settings, split_rows(settings, stale_frame), max_rows=distil.max_rows)
         tabular = TabularEncoder.fit(
             recent.train, head_columns(settings), num_bins=settings.student.head.num_bins
         )
@@ -356,6 +361,18 @@ def _keep(training: _ArmsTraining, weights: Path, vectors: Path) -> Path:
         link_or_copy(vectors, folder / VECTORS)
         (folder / TABULAR).write_text(training.tabular.to_json())
     return destination
+
+
+def _asked(
+    settings: DriftlineSettings, rows: TrainingRows, *, max_rows: int | None
+) -> TrainingRows:
+    """Rows to distil from: those the teacher is asked about."""
+    share = settings.labels.soft_label_share
+    asked = soft_labelled(rows.train, share=share, seed=settings.seed)
+    return TrainingRows(
+        train=newest(rows.train.filter(pa.array(asked)), max_rows),
+        validation=newest(rows.validation, MAX_VALIDATION_ROWS),
+    )
 
 
 def _parts(rows: TrainingRows) -> tuple[pa.Table, pa.Table]:

@@ -18,13 +18,14 @@ from driftline.features.views import TEXT_ID, feature_views
 from driftline.pipelines.labels import SoftLabels, shift_prior
 from driftline.pipelines.provenance import code_version, settings_hash
 from driftline.pipelines.teacher import open_tokenizer
+from driftline.pipelines.training_sets import newest
 from driftline.platform.artefacts import hash_file
 from driftline.platform.bundle import Calibration
 from driftline.platform.columns import head_columns
 from driftline.platform.contract import TIME
 from driftline.platform.examples import Ragged, Texts, write_texts
 from driftline.platform.metrics import fit_platt
-from driftline.platform.sampling import part_mask
+from driftline.platform.sampling import part_mask, soft_labelled
 from driftline.platform.scorer import Scorer
 from driftline.platform.settings import CheckpointEncoder, DriftlineSettings
 from driftline.platform.text import Tokenizer, serialise_table
@@ -68,22 +69,28 @@ def write_student_texts(settings: DriftlineSettings, texts: pa.Table, destinatio
 def soft_labels(
     settings: DriftlineSettings, frame: pa.Table, store: SoftLabels
 ) -> NDArray[np.float32]:
-    """The frozen teacher's logits for these rows, moved to the student's prior. ``[B, 2]``."""
-    return shift_prior(
-        store.logits(frame),
+    """The frozen teacher's logits, moved to the student's prior; NaN where it is not asked.
+
+    ``[B, 2]``.
+    """
+    asked = soft_labelled(frame, share=settings.labels.soft_label_share, seed=settings.seed)
+    logits = np.full((frame.num_rows, 2), np.nan, np.float32)
+    logits[asked] = shift_prior(
+        store.logits(frame.filter(pa.array(asked))),
         from_keep_rate=store.teacher.keep_rate,
         to_keep_rate=settings.labels.negative_keep_rate,
     )
+    return logits
 
 
 def calibrated(settings: DriftlineSettings, scorer: Scorer, validation: pa.Table) -> Calibration:
     """Slope and intercept from the newest validation rows, on top of the exact prior shift."""
-    newest = validation.slice(max(0, validation.num_rows - MAX_CALIBRATION_ROWS))
+    rows = newest(validation, MAX_CALIBRATION_ROWS)
     keep_rate = settings.labels.negative_keep_rate
-    labels = newest["clicked"].to_numpy().astype(bool)
+    labels = rows["clicked"].to_numpy().astype(bool)
     if labels.sum() == 0 or labels.all():
         return Calibration(keep_rate)
-    platt = fit_platt(labels, scorer.logits(newest) + np.log(keep_rate), prior_strength=20.0)
+    platt = fit_platt(labels, scorer.logits(rows) + np.log(keep_rate), prior_strength=20.0)
     return Calibration(keep_rate, platt.slope, platt.intercept)
 
 
@@ -94,7 +101,7 @@ def newest_validation(
     rows = frame.filter(part_mask(frame, "validation", split=settings.split))
     clicks_from_end = np.cumsum(rows["clicked"].to_numpy()[::-1].astype(np.int64))
     needed = int(np.searchsorted(clicks_from_end, min_clicks)) + 1
-    return rows.slice(max(0, rows.num_rows - needed))
+    return newest(rows, needed)
 
 
 def bundle_contract(settings: DriftlineSettings) -> dict[str, Any]:

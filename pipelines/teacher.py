@@ -14,7 +14,7 @@ from driftline.features.log import ImpressionLog
 from driftline.features.texts import read_texts
 from driftline.pipelines.provenance import code_version
 from driftline.pipelines.teacher_input import RowSerialiser, TeacherInput, teacher_columns
-from driftline.pipelines.training_sets import clicks, known_frame, split_rows
+from driftline.pipelines.training_sets import clicks, known_frame, newest, split_rows
 from driftline.platform.artefacts import (
     hash_file,
     hash_value,
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 MANIFEST = "manifest.json"
-MAX_VALIDATION_ROWS = 20_000
+MAX_VALIDATION_ROWS = 4_000
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,10 @@ def train_teacher(
     span = ImpressionLog.open(workspace.clean, settings).span
     split = split_span(span, ood_share=settings.split.ood_share, ood_end=settings.split.ood_end)
     frame = known_frame(settings, split.ood, as_of=split.ood.end)
-    rows = split_rows(settings, frame, max_rows=settings.teacher.supervised.max_rows)
-    validation = rows.validation.slice(max(0, rows.validation.num_rows - MAX_VALIDATION_ROWS))
+    keep_rate = settings.teacher.negative_keep_rate or settings.labels.negative_keep_rate
+    max_rows = settings.teacher.supervised.max_rows
+    rows = split_rows(settings, frame, max_rows=max_rows, keep_rate=keep_rate)
+    validation = newest(rows.validation, MAX_VALIDATION_ROWS)
     reader = _train_reader(settings, rows.train)
     scratch = workspace.scratch / f"teacher-{key}"
     examples, held_out = scratch / "train.arrow", scratch / "validation.arrow"
@@ -136,7 +138,7 @@ def train_teacher(
             "columns": list(reader.serialiser.columns),
             "max_tokens": reader.max_tokens,
             "spec": spec.model_dump(mode="json"),
-            "keep_rate": settings.labels.negative_keep_rate,
+            "keep_rate": keep_rate,
             "window": [format_time(split.ood.start), format_time(split.ood.end)],
             "num_rows": rows.train.num_rows,
             "seconds": round(time.monotonic() - started, 1),

@@ -70,18 +70,27 @@ def replayed_frame(
 
 
 def split_rows(
-    settings: DriftlineSettings, frame: pa.Table, *, max_rows: int | None = None
+    settings: DriftlineSettings,
+    frame: pa.Table,
+    *,
+    max_rows: int | None = None,
+    keep_rate: float | None = None,
 ) -> TrainingRows:
     """Split by request into train (thinned, newest ``max_rows``) and validation.
+
+    Args:
+        settings: Shares of the parts; how negatives are thinned.
+        frame: Rows in order of time.
+        max_rows: Upper limit of training rows.
+        keep_rate: Share of non-clicks to keep; ``labels.negative_keep_rate`` when not given.
 
     Raises:
         EmptyWindowError: nothing to train on, or only one outcome.
     """
     train = frame.filter(part_mask(frame, "train", split=settings.split))
-    keep_rate = settings.labels.negative_keep_rate
+    keep_rate = keep_rate or settings.labels.negative_keep_rate
     train = train.filter(thinned(train, keep_rate=keep_rate, seed=settings.seed))
-    if max_rows is not None and train.num_rows > max_rows:
-        train = train.slice(train.num_rows - max_rows)
+    train = newest(train, max_rows)
     if len(np.unique(clicks(train))) < 2:
         raise EmptyWindowError(
             f"training needs clicks and non-clicks, got {train.num_rows} rows of one outcome; "
@@ -89,6 +98,11 @@ def split_rows(
         )
     validation = frame.filter(part_mask(frame, "validation", split=settings.split))
     return TrainingRows(train, validation)
+
+
+def newest(frame: pa.Table, max_rows: int | None) -> pa.Table:
+    """The last ``max_rows`` rows; all when not given."""
+    return frame if max_rows is None else frame.slice(max(0, frame.num_rows - max_rows))
 
 
 def text_rows(frame: pa.Table, text_ids: NDArray[np.int64]) -> NDArray[np.int32]:

@@ -51,3 +51,8 @@ def thinned(frame: pa.Table, *, keep_rate: float, seed: int) -> NDArray[np.bool_
     clicked = frame["clicked"].to_numpy().astype(bool)
     kept = unit_hash(frame["impression_id"], salt=f"thin-{seed}") < keep_rate
     return clicked | kept
+
+
+def soft_labelled(frame: pa.Table, *, share: float, seed: int) -> NDArray[np.bool_]:
+    """Rows that the teacher is asked about, clicked or not."""
+    return unit_hash(frame["impression_id"], salt=f"soft-{seed}") < share

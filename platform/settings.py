@@ -121,6 +121,9 @@ class LabelSettings(Settings):
     """A label is believed this long after the impression; clicks after that are lost."""
     negative_keep_rate: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Share of non-clicks kept in training; undone exactly at inference (papers.md S0.25, T.2)."""
+    soft_label_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of training rows, drawn by hash, that the teacher is asked about; the others are
+    learned from their clicks alone."""
 
     @property
     def maturity(self) -> timedelta:
@@ -281,6 +284,8 @@ class TeacherSettings(Settings):
     encoder: Encoder = ConfigEncoder()
     columns: tuple[str, ...] | None = None
     """Frame columns it reads beside the text, such as ``ad__ctr_24h``; all when not given."""
+    negative_keep_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of non-clicks it learns from; ``labels.negative_keep_rate`` when not given."""
     mlm: StageSettings | None = StageSettings()
     supervised: StageSettings = StageSettings(num_epochs=2)
 
