@@ -52,8 +52,8 @@ class MarketShape:
     words: float = 0.35
     affinity: float = 0.1
     category: float = 0.12
-    campaign: float = 0.9
-    application: float = 0.85
+    campaign: float = 0.8
+    application: float = 0.45
     novelty: float = 0.5
     """Height at launch; falls by a factor e every ``novelty_hours``."""
     hour_of_day: float = 0.12
@@ -335,9 +335,9 @@ def _spread(rng: np.random.Generator, count: int) -> Floats:
 
 
 def _power_law(rng: np.random.Generator, count: int) -> Floats:
-    """Popularity: rank to the power of -0.8, ranks in random order."""
+    """Popularity: rank to the power of -0.6, ranks in random order."""
     ranks = 1 + rng.permutation(count)
-    weights: Floats = np.power(ranks.astype(np.float64), -0.8)
+    weights: Floats = np.power(ranks.astype(np.float64), -0.6)
     return weights
 
 

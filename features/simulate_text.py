@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 
-NUM_QUALITY_WORDS: Final = 64
+NUM_QUALITY_WORDS: Final = 40
 TOPIC_WORDS_EACH: Final = 12
 NUM_FILLER_WORDS: Final = 40
 
