@@ -17,6 +17,7 @@ import ray
 from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.jobstores.sqlalchemy import SQLAlchemyJobStore
 from apscheduler.schedulers.background import BackgroundScheduler
+from apscheduler.triggers.date import DateTrigger
 from apscheduler.triggers.interval import IntervalTrigger
 
 from driftline.pipelines.records import read_records
@@ -32,6 +33,8 @@ Step = Callable[[DriftlineSettings, datetime], str]
 """Does one job as of a moment of event time; gives one line about the outcome."""
 
 RAY_NAMESPACE: Final = "driftline"
+RUN_DUE: Final = "driftline.pipelines.cadence:run_due"
+"""Named, because the scheduler keeps its jobs in a file."""
 
 
 # --- the work -----------------------------------------------------------------------------
@@ -62,16 +65,17 @@ def arms(settings: DriftlineSettings, as_of: datetime) -> str:
 
 
 STEPS: Final[Mapping[JobKind, Step]] = {"materialize": materialize, "head": head, "arms": arms}
+WORKERS: Final[Mapping[JobKind, str]] = {"materialize": "hourly", "head": "hourly", "arms": "arms"}
+"""Which worker does a job. What is due each hour takes turns, because both need new counters."""
 
 
 class CadenceWorker:
-    """Runs jobs of one kind, one after the other; stays warm in between. A Ray actor."""
+    """Runs jobs one after the other; stays warm in between. A Ray actor."""
 
-    def __init__(self, kind: JobKind, market: dict[str, Any]) -> None:
-        self._step = STEPS[kind]
+    def __init__(self, market: dict[str, Any]) -> None:
         self._settings = parse_settings(market, origin="of the cadence service")
 
-    def run(self, as_of: str, log: str) -> str:
+    def run(self, kind: JobKind, as_of: str, log: str) -> str:
         """Do the job, logging to a file of its own; gives one line about the outcome."""
         handler = logging.FileHandler(log)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
@@ -79,7 +83,7 @@ class CadenceWorker:
         ours.setLevel(logging.INFO)
         ours.addHandler(handler)
         try:
-            return self._step(self._settings, parse_time(as_of))
+            return STEPS[kind](self._settings, parse_time(as_of))
         except Exception:
             ours.exception("failed")  # and the caller gets it, too
             raise
@@ -128,7 +132,7 @@ class CadenceService:
         self._intervals = intervals(settings)
         self._paths = CadencePaths(Workspace.of(settings).state)
         self._runs = RunLog(self._paths.runs)
-        self._workers: dict[JobKind, Any] = {}
+        self._workers: dict[str, Any] = {}
         self._workers_lock = threading.Lock()
         self._paths.root.mkdir(parents=True, exist_ok=True)
         (self._paths.root / "logs").mkdir(exist_ok=True)
@@ -162,41 +166,44 @@ class CadenceService:
         logger.info("%s as of %s started", kind, format_time(as_of))
         outcome: Outcome = "failed"
         try:
-            message = ray.get(self._worker(kind).run.remote(format_time(as_of), str(log)))
+            message = ray.get(self._worker(kind).run.remote(kind, format_time(as_of), str(log)))
         except ray.exceptions.RayTaskError as error:
             message = f"{type(error.cause).__name__}: {error.cause}"
         except ray.exceptions.RayError as error:
             message = f"{type(error).__name__}: {error}"
-            self._workers.pop(kind, None)
+            self._workers.pop(WORKERS[kind], None)
         else:
             outcome = "done"
         self._runs.end(run_id, outcome, message, now=datetime.now(UTC))
         logger.info("%s as of %s %s: %s", kind, format_time(as_of), outcome, message)
 
     def _plan(self, kind: JobKind, *, now: datetime) -> None:
-        """Keep the job's due time from before, unless its interval or the clock has changed."""
+        """Keep the job's due time from before, unless its interval or the clock has changed.
+
+        Runs stand on whole intervals of event time; one that is overdue is run at once, beside
+        that raster.
+        """
         interval = self._clock.wall_interval(self._intervals[kind])
-        trigger = IntervalTrigger(seconds=interval.total_seconds(), start_date=self._first(kind))
         arguments = (self._settings.name, kind, self._clock.identity)
         known = self._scheduler.get_job(kind)
         if known is not None and (known.trigger.interval, known.args) == (interval, arguments):
             return
+        origin = self._clock.wall_time(floor_time(self._clock.start, self._intervals[kind]))
+        due = self._due(kind, now=now)
         self._scheduler.add_job(
-            "driftline.pipelines.cadence:run_due",
-            trigger,
+            RUN_DUE,
+            IntervalTrigger(seconds=interval.total_seconds(), start_date=origin),
             args=arguments,
             id=kind,
             replace_existing=True,
-            next_run_time=max(now, self._due(kind, now=now)),
+            next_run_time=origin + -((origin - max(due, now)) // interval) * interval,
             coalesce=True,
             max_instances=1,
             misfire_grace_time=max(1, round(interval.total_seconds())),
         )
-
-    def _first(self, kind: JobKind) -> datetime:
-        """A moment of the job's raster: runs stand on whole intervals of event time."""
-        aligned = floor_time(self._clock.start, self._intervals[kind])
-        return self._clock.wall_time(aligned)
+        if due <= now:
+            once = {"id": f"{kind}-once", "replace_existing": True, "misfire_grace_time": None}
+            self._scheduler.add_job(RUN_DUE, DateTrigger(now), args=arguments, **once)
 
     def _due(self, kind: JobKind, *, now: datetime) -> datetime:
         """When a job that was never scheduled runs first.
@@ -214,14 +221,17 @@ class CadenceService:
         return self._clock.wall_time(newest + self._intervals[kind])
 
     def _worker(self, kind: JobKind) -> Any:
+        name = WORKERS[kind]
         with self._workers_lock:
-            if kind not in self._workers:
+            if name not in self._workers:
                 actor = ray.remote(num_cpus=0, max_restarts=-1)(CadenceWorker)
-                market = self._settings.model_dump(mode="json")
-                name = f"{self._settings.name}-{kind}"
-                options = actor.options(name=name, namespace=RAY_NAMESPACE, get_if_exists=True)
-                self._workers[kind] = options.remote(kind, market)
-            return self._workers[kind]
+                options = actor.options(
+                    name=f"{self._settings.name}-{name}",
+                    namespace=RAY_NAMESPACE,
+                    get_if_exists=True,
+                )
+                self._workers[name] = options.remote(self._settings.model_dump(mode="json"))
+            return self._workers[name]
 
 
 _SERVICES: dict[str, CadenceService] = {}

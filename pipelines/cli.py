@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ import typer
 from driftline.pipelines.console import Output, progress_bar, quiet_libraries, set_up_logging
 from driftline.platform.errors import DriftlineError, SettingsError
 from driftline.platform.settings import DriftlineSettings, load_settings
-from driftline.platform.windows import format_time, parse_time
+from driftline.platform.windows import parse_time
 from driftline.platform.workspace import Workspace
 
 app = typer.Typer(
@@ -208,7 +209,7 @@ def teacher(config: Config, set_: Set = None, json_: Json = False) -> None:
     """Train the teacher on the stale part of the log, once, and freeze it."""
     from driftline.pipelines.teacher import train_teacher
 
-    settings = _settings(config, set_)
+    settings = _checked(config, set_)
     with _ray(settings), progress_bar("teacher") as progress:
         frozen = train_teacher(settings, progress=progress)
     text = f"teacher {frozen.hash[:12]}, frozen in {frozen.path}"
@@ -284,7 +285,7 @@ def replay(config: Config, set_: Set = None, json_: Json = False) -> None:
     """Play the recent part of the log hour by hour under every policy; write the report."""
     from driftline.pipelines.run import replay_and_report
 
-    settings = _settings(config, set_)
+    settings = _checked(config, set_)
     with _ray(settings), progress_bar("replay") as progress:
         result = replay_and_report(settings, progress=progress)
     Output(json_).show(result.text, result.figures)
@@ -356,13 +357,13 @@ def down(config: Config, set_: Set = None, json_: Json = False) -> None:
     Output(json_).show(f"stopped {stopped} processes", {"stopped": stopped})
 
 
-def main() -> None:
-    """Entry point: errors a user can act on are one line, everything else a traceback."""
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: what a user can act on is one line on stderr, all else a traceback."""
+    given = sys.argv[1:] if arguments is None else arguments
     quiet_libraries()
-    set_up_logging(verbose="--verbose" in sys.argv)
-    sys.argv = [argument for argument in sys.argv if argument != "--verbose"]
+    set_up_logging(verbose="--verbose" in given)
     try:
-        app()
+        app([argument for argument in given if argument != "--verbose"])
     except DriftlineError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         raise SystemExit(1) from None
@@ -375,9 +376,11 @@ def _refresh(
     overrides: list[str] | None,
     as_json: bool,
 ) -> None:
-    settings = _settings(config, overrides)
+    asked = _time(as_of) if as_of else None
+    settings = _checked(config, overrides)
+    moment = asked or _moment(settings, None)
     with _ray(settings), progress_bar("refresh") as progress:
-        record = refresh(settings, as_of=_moment(settings, as_of), progress=progress)
+        record = refresh(settings, as_of=moment, progress=progress)
     _show(as_json, record)
 
 
@@ -387,6 +390,15 @@ def _settings(config: Path, overrides: list[str] | None) -> DriftlineSettings:
 
     settings = load_settings(config, overrides=overrides or [])
     return resolve_tiers(settings, Workspace.of(settings).scales)
+
+
+def _checked(config: Path, overrides: list[str] | None) -> DriftlineSettings:
+    """Settings of a market with a checked log; found out before anything is started."""
+    from driftline.features.log import ImpressionLog
+
+    settings = _settings(config, overrides)
+    ImpressionLog.open(Workspace.of(settings).clean, settings)
+    return settings
 
 
 def _ray(settings: DriftlineSettings) -> Any:
@@ -416,15 +428,14 @@ def _log_folder(settings: DriftlineSettings, out: Path | None) -> Path:
 
 
 def _show(as_json: bool, report: Any) -> None:
-    value = report.to_json()
-    text = report.text() if hasattr(report, "text") else _lines(value)
-    Output(as_json).show(text, value)
+    value = report.to_json() if hasattr(report, "to_json") else asdict(report)
+    pairs = report.rows() if hasattr(report, "rows") else list(value.items())
+    Output(as_json).show(_lines(pairs), value)
 
 
-def _lines(value: dict[str, Any]) -> str:
-    shown = {k: format_time(v) if isinstance(v, datetime) else v for k, v in value.items()}
-    width = max(len(key) for key in shown)
-    return "\n".join(f"{key:<{width}}  {item}" for key, item in shown.items())
+def _lines(pairs: list[tuple[str, Any]]) -> str:
+    width = max(len(name) for name, _ in pairs)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in pairs)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from driftline.features.log import ImpressionLog
 from driftline.pipelines.schedules import Clock
+from driftline.pipelines.status import champion_facts
 from driftline.pipelines.supervisor import UpPaths, living_supervisor, read_report
 from driftline.platform.artefacts import write_json
 from driftline.platform.errors import ResourceError
@@ -26,7 +27,7 @@ from driftline.platform.processes import (
     tail,
 )
 from driftline.platform.settings import DriftlineSettings
-from driftline.platform.windows import split_span
+from driftline.platform.windows import parse_time, split_span
 from driftline.platform.workspace import Workspace
 from driftline.serving.server import serving_url
 
@@ -145,4 +146,6 @@ def _clock(settings: DriftlineSettings, *, now: datetime) -> Clock:
         return Clock.of(settings.cadence, now=now)
     span = ImpressionLog.open(Workspace.of(settings).clean, settings).span
     split = split_span(span, ood_share=settings.split.ood_share, ood_end=settings.split.ood_end)
-    return Clock.of(settings.cadence, now=now, split=split)
+    champion = champion_facts(Workspace.of(settings))
+    known = None if champion is None else parse_time(champion["as_of"])
+    return Clock.of(settings.cadence, now=now, split=split, known=known)

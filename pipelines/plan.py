@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from driftline.pipelines.teacher_input import teacher_columns
 from driftline.platform.columns import group_counter_names, head_columns, product_counter_names
 from driftline.platform.models.build import count_parameters
 from driftline.platform.models.spec import (
@@ -48,6 +49,7 @@ def make_plan(settings: DriftlineSettings) -> dict[str, Any]:
     """Everything ``driftline plan`` prints, as JSON-able values; nothing is run or created."""
     columns = head_columns(settings)
     due = schedule(settings)
+    teacher_reads = teacher_columns(settings)
     return {
         "name": settings.name,
         "workspace": str(Workspace.of(settings).root),
@@ -61,6 +63,7 @@ def make_plan(settings: DriftlineSettings) -> dict[str, Any]:
             }
             for name in due.materialize
         },
+        "teacher": [*(f.name for f in settings.select(kind="text")), *teacher_reads],
         "arms": [feature.name for feature in settings.select(kind="text")],
         "head": {
             "declared": [f.name for f in settings.features if f.kind != "text"],
@@ -136,6 +139,7 @@ def plan_text(plan: dict[str, Any]) -> str:
     sizes = plan["parameters"]
     lines += [
         "",
+        f"teacher     reads {len(plan['teacher'])} features as text",
         f"arms read   {', '.join(plan['arms']) or '(nothing)'}",
         f"head reads  two vectors, {head['num_categorical']} categories, "
         f"{head['num_numeric']} numbers ({head['counters_per_product']} counters a product, "

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from driftline.platform.artefacts import read_json, write_json
 from driftline.platform.windows import format_time
@@ -31,6 +31,10 @@ class RefreshRecord:
     champion: str
     """Fingerprint that is champion after the decision."""
 
+    def to_json(self) -> dict[str, Any]:
+        """The same as JSON-able values."""
+        return asdict(self)
+
 
 def record_path(workspace: Workspace, kind: Kind, as_of: datetime) -> Path:
     """Where the record of a refresh lies; sorts by time."""
@@ -49,7 +53,7 @@ def read_record(workspace: Workspace, kind: Kind, as_of: datetime) -> RefreshRec
 
 def write_record(workspace: Workspace, record: RefreshRecord, *, as_of: datetime) -> None:
     """Keep the record; the last act of a refresh."""
-    write_json(record_path(workspace, record.kind, as_of), asdict(record))
+    write_json(record_path(workspace, record.kind, as_of), record.to_json())
 
 
 def read_records(workspace: Workspace) -> list[RefreshRecord]:

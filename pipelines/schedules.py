@@ -38,18 +38,26 @@ class Clock:
     end: datetime | None = None
 
     @classmethod
-    def of(cls, cadence: CadenceSettings, *, now: datetime, split: Split | None = None) -> "Clock":
+    def of(
+        cls,
+        cadence: CadenceSettings,
+        *,
+        now: datetime,
+        split: Split | None = None,
+        known: datetime | None = None,
+    ) -> "Clock":
         """The clock of ``driftline up`` at wall time ``now``.
 
         Args:
             cadence: Which clock is asked for.
             now: Wall time of the start.
             split: The log's stale and recent part; only for the event clock.
+            known: What the champion knows up to; the event clock does not start before it.
         """
         if cadence.clock == "wall":
             return cls(anchor=now, start=now)
         assert split is not None, "the event clock needs a log"
-        start = cadence.start or split.id.start
+        start = cadence.start or max(split.id.start, known or split.id.start)
         return cls(now, start, speed=3600 / cadence.seconds_per_hour, end=split.id.end)
 
     @property

@@ -47,7 +47,7 @@ def status(settings: DriftlineSettings, *, now: datetime) -> dict[str, Any]:
         },
         "url": serving_url(settings) if serving is not None else None,
         "now": format_time(event_now),
-        "champion": _champion(workspace),
+        "champion": champion_facts(workspace),
         "serving": serving,
         "tiers": _tiers(settings, now=event_now),
         "jobs": _jobs(workspace.state),
@@ -99,7 +99,8 @@ def _serving_status(settings: DriftlineSettings) -> dict[str, Any] | None:
     return answer if answer.get("name") == settings.name else None
 
 
-def _champion(workspace: Workspace) -> dict[str, Any] | None:
+def champion_facts(workspace: Workspace) -> dict[str, Any] | None:
+    """Version, bundle and lineage of the champion, if there is one."""
     pointer = read_champion(workspace.bundles)
     if pointer is None:
         return None
@@ -124,7 +125,7 @@ def _tiers(settings: DriftlineSettings, *, now: datetime) -> dict[str, Any]:
     arms = [
         r.as_of for r in read_records(workspace) if (r.decision, r.kind) == ("promoted", "arms")
     ]
-    champion = _champion(workspace)
+    champion = champion_facts(workspace)
     tiers: dict[str, Any] = {}
     for name in TIERS:
         tier = settings.tiers[name]

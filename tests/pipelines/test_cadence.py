@@ -114,24 +114,38 @@ def due_of(settings: DriftlineSettings) -> dict[str, str]:
     return {kind: job["next"] for kind, job in jobs.items()}
 
 
+def scheduled(settings: DriftlineSettings, clock: Clock, *, at: datetime) -> dict[str, str]:
+    """Due times after a service has started and stopped."""
+    service = CadenceService(settings, clock=clock)
+    service.start(now=at)
+    service.stop()
+    return due_of(settings)
+
+
+FUTURE = datetime(2126, 1, 1, 10, 20, tzinfo=UTC)  # nothing falls due while the test runs
+
+
+def test_due_times_stand_on_whole_intervals(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path)  # a head is due each hour, values each hour, arms in 720 h
+
+    found = scheduled(settings, Clock(anchor=FUTURE, start=FUTURE), at=FUTURE)
+
+    assert found["materialize"] == "2126-01-01T11:00:00Z"
+    assert found["head"] == "2126-01-01T12:00:00Z"  # an hour from now, and then the next whole one
+    assert found["arms"] > found["head"]
+
+
 def test_due_times_outlive_the_service_but_not_its_clock(tmp_path: Path) -> None:
     settings = tiny_settings(tmp_path)
-    now = datetime.now(UTC) + 1000 * HOUR  # nothing falls due while the test runs
-    wall = Clock(anchor=now, start=now)
+    later = FUTURE + HOUR
 
-    def start(clock: Clock, *, at: datetime) -> dict[str, str]:
-        service = CadenceService(settings, clock=clock)
-        service.start(now=at)
-        service.stop()
-        return due_of(settings)
+    first = scheduled(settings, Clock(anchor=FUTURE, start=FUTURE), at=FUTURE)
+    again = scheduled(settings, Clock(anchor=later, start=later), at=later)
+    replayed = scheduled(settings, Clock(anchor=later, start=AS_OF, speed=360), at=later)
 
-    first = start(wall, at=now)
-    again = start(Clock(anchor=now + HOUR, start=now + HOUR), at=now + HOUR)
-    replayed = start(Clock(anchor=now, start=AS_OF, speed=360), at=now + HOUR)
-
-    assert first["materialize"] == first["arms"] == format_time(now)
     assert again == first
-    assert replayed["materialize"] == format_time(now + HOUR)
+    assert replayed["materialize"] == format_time(later)
+    assert replayed["head"] == format_time(later + timedelta(seconds=10))
 
 
 # --- up, status, down ---------------------------------------------------------------------
