@@ -16,7 +16,6 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
 
 from driftline.features.log import ImpressionLog
 from driftline.pipelines.labels import SoftLabels
@@ -52,6 +51,7 @@ from driftline.platform.bundle import (
     VectorCache,
     write_bundle,
 )
+from driftline.platform.checkpoints import extract_weights
 from driftline.platform.columns import head_columns
 from driftline.platform.inference import encode_texts, load_model
 from driftline.platform.models.spec import (
@@ -98,10 +98,11 @@ def refresh_arms(
     training = _ArmsTraining.prepare(settings, as_of=as_of, progress=progress)
     weights = training.run()
     vectors = training.encode(weights)
-    scorer = training.scorer(weights, vectors)
+    head = training.train_head(weights, vectors)
+    scorer = training.scorer(head, vectors)
     recent = training.recent_frame
     calibration = calibrated(settings, scorer, newest_validation(settings, recent))
-    arms = _keep(training, weights, vectors)
+    arms = _keep(training, weights, head, vectors)
     champion = champion_before(settings, as_of, kind="arms")
     tokenizer = workspace.tokenizer if workspace.tokenizer.exists() else None
     bundle = write_bundle(
@@ -272,6 +273,23 @@ class _ArmsTraining:
             objective=rounds.objective,
         )
 
+    def train_head(self, weights: Path, vectors: Path) -> Path:
+        """The head alone over the finished vectors, on every recent row, several times."""
+        stage = self.settings.student.arms_refresh.head
+        rows = split_rows(self.settings, self.recent_frame, max_rows=stage.max_rows)
+        rows = replace(rows, validation=self.recent.validation)
+        objective = self.settings.student.head_refresh.objective
+        soft = soft_labels(self.settings, rows.train, self.store) if objective.alpha else None
+        return self._stage(
+            "head",
+            stage,
+            self._write("head.train", rows.train, soft),
+            self._write("head.validation", rows.validation, None),
+            start=(weights,),
+            objective=objective,
+            vectors=vectors,
+        )
+
     def _stage(
         self,
         name: str,
@@ -282,16 +300,20 @@ class _ArmsTraining:
         start: tuple[Path, ...],
         objective: ObjectiveSettings | None = None,
         stop_on: Literal["loss", "soft_loss", "auc"] = "auc",
+        vectors: Path | None = None,
     ) -> Path:
+        """Run one stage; with ``vectors`` only the head is trained, over them."""
         output = self.scratch / f"{name}.safetensors"
         is_mlm = name == "mlm"
+        reads_texts = self.has_text and vectors is None and not is_mlm
         job = StageJob(
             name=f"arms.{name}",
-            model=self.model,
+            model=self.model if vectors is None else self.head_spec,
             task="mlm" if is_mlm else "clicks",
             examples=examples,
             validation=validation,
-            texts=self.texts_file if self.has_text and not is_mlm else None,
+            texts=self.texts_file if reads_texts else None,
+            vectors=vectors if self.has_text else None,
             objective=objective,
             stage=stage,
             initial=start,
@@ -349,15 +371,13 @@ class _ArmsTraining:
         return path
 
 
-def _keep(training: _ArmsTraining, weights: Path, vectors: Path) -> Path:
-    """Keep the arms under a name made from their content, arms and head apart."""
+def _keep(training: _ArmsTraining, weights: Path, head: Path, vectors: Path) -> Path:
+    """Keep arms, vectors and the head they were born with, under the arms' own name."""
     destination = Workspace.of(training.settings).arms / arms_id(weights)
-    state = load_file(weights)
     with whole_directory(destination) as folder:
-        for part, file in (("head.", HEAD), ("arms.", ARMS)):
-            chosen = {name: value for name, value in state.items() if name.startswith(part)}
-            if chosen:
-                save_file(chosen, folder / file)
+        if training.has_text:
+            extract_weights(weights, folder / ARMS, prefix="arms.")
+        link_or_copy(head, folder / HEAD)
         link_or_copy(vectors, folder / VECTORS)
         (folder / TABULAR).write_text(training.tabular.to_json())
     return destination

@@ -301,7 +301,8 @@ class HeadSettings(Settings):
 
 
 class ArmsRefreshSettings(Settings):
-    """The slow refresh: MLM, distillation, fine-tuning, self-training (papers.md S0.33)."""
+    """The slow refresh: MLM, distillation, fine-tuning, self-training (papers.md S0.33), and at its
+    end the head once more on the new vectors, over all that is known."""
 
     window_hours: PositiveInt = 168
     """Length of the window of recent rows for fine-tuning."""
@@ -310,6 +311,8 @@ class ArmsRefreshSettings(Settings):
     objective: ObjectiveSettings = ObjectiveSettings()
     finetune: StageSettings = StageSettings()
     self_training: SelfTrainingSettings = SelfTrainingSettings()
+    head: StageSettings = StageSettings(num_epochs=3, batch_size=1024, learning_rate=1e-3)
+    """The head alone over the finished vectors: cheap, so it may see every row several times."""
     num_workers: NonNegativeInt = 0
     """Size of the worker group; 0 trains in a warm actor, right for one machine."""
 
@@ -393,12 +396,13 @@ class CadenceSettings(Settings):
     """When ``driftline up`` runs what; the intervals themselves follow from the tiers."""
 
     clock: Literal["wall", "event"] = "wall"
-    """``wall`` refreshes as of now. ``event`` replays the recent part of the log: its first hour is
-    the moment of ``up``, and an hour of it passes in ``seconds_per_hour``; for demonstrations."""
+    """``wall`` refreshes as of now. ``event`` replays the recent part of the log, from what the
+    champion knows on: an hour of it passes in ``seconds_per_hour``; for demonstrations."""
     seconds_per_hour: PositiveFloat = 10.0
     """Wall seconds that stand for one hour of event time; only with the event clock."""
     start: AwareDatetime | None = None
-    """First moment of the event clock; the start of the log's recent part when not given."""
+    """First moment of the event clock; what the champion knows up to when not given, or the start
+    of the log's recent part."""
     restart_seconds: PositiveFloat = 1.0
     """Pause before a crashed service is started again; doubles with each crash, up to 60 s."""
 
