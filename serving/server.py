@@ -142,8 +142,7 @@ def serve_forever(
     if where is None:
         _check_port(settings)
     ours = where is None or where != settings.ray.address
-    with tempfile.TemporaryDirectory(prefix="dl-", ignore_cleanup_errors=True) as temporary:
-        folder = scratch or Path(temporary).resolve()
+    with _folder(scratch) as folder:
         switches = ingress_environment(settings.serving, scratch=folder if ours else None)
         os.environ.update(switches)
         with _ray(settings, address=where, switches=switches, scratch=folder) as ray_address:
@@ -154,6 +153,15 @@ def serve_forever(
                 on_ready(url, ray_address)
             stop.wait()
             _stop_application(settings)
+
+
+@contextmanager
+def _folder(given: Path | None) -> Iterator[Path]:
+    if given is not None:
+        yield given
+        return
+    with tempfile.TemporaryDirectory(prefix="dl-", ignore_cleanup_errors=True) as temporary:
+        yield Path(temporary).resolve()
 
 
 @contextmanager
