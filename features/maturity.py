@@ -38,6 +38,7 @@ def known_label(impressions: pa.Table, *, maturity: timedelta) -> pa.ChunkedArra
         maturity: ``settings.labels.maturity``.
     """
     with duckdb.connect() as connection:
+        connection.execute("SET enable_progress_bar = false")  # it would go to stdout
         connection.execute("SET TimeZone = 'UTC'")
         connection.register("impressions", impressions)
         query = f"SELECT {known_label_sql(maturity)} AS label FROM impressions"

@@ -108,8 +108,8 @@ class Day:
 class Campaigns:
     """What each advertiser's (or application's) running campaign is worth; each ends some day.
 
-    Lengths are uniform within a third of the mean. The next campaign begins at once and lies on the
-    other side of the average: after a discount comes the full price.
+    Lengths are uniform within a third of the mean. The next campaign begins at once and has nothing
+    to do with the one before.
     """
 
     def __init__(self, rng: np.random.Generator, count: int, *, mean_days: float) -> None:
@@ -121,8 +121,7 @@ class Campaigns:
         """Let an hour pass; replace the campaigns that end."""
         self._hours_left -= 1.0
         ended = self._hours_left <= 0
-        following = -np.sign(self.worth) * np.abs(_spread(rng, ended.size))
-        self.worth = np.where(ended, following, self.worth)
+        self.worth = np.where(ended, _spread(rng, ended.size), self.worth)
         length = self._mean_hours * rng.uniform(2 / 3, 4 / 3, size=ended.size)
         self._hours_left = np.where(ended, length, self._hours_left)
 

@@ -71,6 +71,7 @@ def text_ids(catalogue: pa.Table, *, names: Sequence[str]) -> pa.Array:
             ELSE greatest(md5_number_lower(text) & {MASK_63_BITS}, 1)::BIGINT END AS id
         FROM serialised"""
     with duckdb.connect() as connection:
+        connection.execute("SET enable_progress_bar = false")  # it would go to stdout
         texts = {name: _blank_to_null(catalogue.column(name)) for name in names}
         connection.register("catalogue", pa.table(texts))
         return connection.sql(query).to_arrow_table().column("id").combine_chunks()

@@ -15,13 +15,19 @@ from typing import Any
 def whole_directory(destination: Path) -> Iterator[Path]:
     """Give a scratch folder that becomes ``destination`` only if the block succeeds.
 
-    An existing ``destination`` is replaced at the end. A crash leaves at most a hidden scratch
-    folder beside it, which the next call for the same destination removes.
+    An existing ``destination`` is replaced at the end. What a crash leaves behind is hidden, and
+    the next call for the same destination clears it away.
     """
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    for left_over in destination.parent.glob(f".{destination.name}.*.partial"):
+    parent, name = destination.parent, destination.name
+    parent.mkdir(parents=True, exist_ok=True)
+    for retired in parent.glob(f".{name}.*.retired"):
+        if destination.exists():
+            shutil.rmtree(retired)
+        else:  # killed between the two renames below
+            retired.rename(destination)
+    for left_over in parent.glob(f".{name}.*.partial"):
         shutil.rmtree(left_over, ignore_errors=True)
-    scratch = destination.parent / f".{destination.name}.{uuid.uuid4().hex[:8]}.partial"
+    scratch = parent / f".{name}.{uuid.uuid4().hex[:8]}.partial"
     scratch.mkdir()
     try:
         yield scratch

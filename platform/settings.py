@@ -26,8 +26,19 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 FeatureName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*(_[a-z0-9]+)*$", max_length=60)]
 
 CONTRACT_NAMES = frozenset(
-    "impression_id event_time page_product_id ad_product_id clicked click_time request_id position "
-    "propensity product_id created_time".split()
+    {
+        "impression_id",
+        "event_time",
+        "page_product_id",
+        "ad_product_id",
+        "clicked",
+        "click_time",
+        "request_id",
+        "position",
+        "propensity",
+        "product_id",
+        "created_time",
+    }
 )
 """Columns that every log has; no feature may take their names."""
 
@@ -145,7 +156,7 @@ class SimulateSource(Settings):
     num_applications: PositiveInt = 4
     ads_per_page: PositiveInt = 10
     click_rate: Share = 0.05
-    campaign_days: PositiveFloat = 4.0
+    campaign_days: PositiveFloat = 14.0
     """How long a campaign of an advertiser lasts on average; applications drift as fast."""
     start: AwareDatetime
     """First moment of the market."""
@@ -456,7 +467,7 @@ class DriftlineSettings(Settings):
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,40}$")]
     workspace: Path
     """Folder of all artefacts of this market; created when needed."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     source: Source
     features: tuple[Feature, ...]
     tiers: Tiers = Tiers()

@@ -68,6 +68,7 @@ def connect(settings: DuckDbSettings) -> Iterator[duckdb.DuckDBPyConnection]:
     try:
         connection.execute("SET TimeZone = 'UTC'")
         connection.execute("SET parquet_metadata_cache = true")
+        connection.execute("SET enable_progress_bar = false")  # it would go to stdout
         yield connection
     finally:
         connection.close()

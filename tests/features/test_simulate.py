@@ -275,8 +275,11 @@ def test_sales_move_with_the_demand_for_a_product(market: Simulated) -> None:
 
 def test_what_advertisers_are_worth_yesterday_tells_more_than_last_week(tmp_path: Path) -> None:
     """The reason to refresh: campaigns turn, so old estimates mislead and recent ones hold."""
-    made = run(tmp_path / "log", make_settings(num_days=8, impressions_per_day=24_000))
-    rows = made.log.impressions(columns=["impression_id", "event_time", "ad_product_id"])
+    made = run(
+        tmp_path / "log", make_settings(num_days=8, impressions_per_day=24_000, campaign_days=4)
+    )
+    names = ["impression_id", "event_time", "ad_product_id"]
+    rows = made.log.impressions(columns=names)
     shown = rows.join(made.oracle().drop(["event_time"]), "impression_id").to_pandas()
     names = made.log.catalogue().to_pandas().groupby("product_id").advertiser.first()
     shown["advertiser"] = names.loc[shown.ad_product_id].to_numpy()
@@ -286,7 +289,7 @@ def test_what_advertisers_are_worth_yesterday_tells_more_than_last_week(tmp_path
     correlation = worth.corr().to_numpy()
     gaps = {gap: np.diagonal(correlation, gap).mean() for gap in (1, 3)}
     assert gaps[1] > 0.5
-    assert gaps[3] < gaps[1] - 0.4
+    assert gaps[3] < gaps[1] - 0.2
 
 
 def test_the_market_is_the_same_however_many_impressions_are_drawn(tmp_path: Path) -> None:
@@ -296,7 +299,7 @@ def test_the_market_is_the_same_however_many_impressions_are_drawn(tmp_path: Pat
     assert contents(few.root / "counters") == contents(many.root / "counters")
 
 
-def test_campaigns_end_within_their_lengths_and_change_sides() -> None:
+def test_campaigns_end_within_their_lengths_and_the_next_is_drawn_afresh() -> None:
     rng = np.random.default_rng(0)
     campaigns = Campaigns(rng, 300, mean_days=2.0)
     history = [campaigns.worth]
@@ -305,7 +308,8 @@ def test_campaigns_end_within_their_lengths_and_change_sides() -> None:
         history.append(campaigns.worth)
     worth = np.stack(history)
     changed = worth[1:] != worth[:-1]
-    assert (np.sign(worth[1:])[changed] == -np.sign(worth[:-1])[changed]).all()
+    following = np.corrcoef(worth[1:][changed], worth[:-1][changed])[0, 1]
+    assert abs(following) < 0.1  # five standard errors of 2,400 pairs
     for column in changed.T:
         lengths = np.diff(np.flatnonzero(column))
         assert lengths.min() >= 32

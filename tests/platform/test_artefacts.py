@@ -52,6 +52,15 @@ def test_a_killed_writer_leaves_nothing_that_looks_finished(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["thing"]
 
 
+def test_a_writer_killed_while_it_replaces_a_folder_loses_neither(tmp_path: Path) -> None:
+    (tmp_path / ".thing.1234.retired").mkdir()
+    (tmp_path / ".thing.1234.retired" / "a").write_text("old")
+    with pytest.raises(FileNotFoundError), whole_directory(tmp_path / "thing") as scratch:
+        (scratch / "missing" / "a").write_text("new")
+    assert (tmp_path / "thing" / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["thing"]
+
+
 def test_a_failed_file_leaves_the_old_one(tmp_path: Path) -> None:
     target = tmp_path / "value.json"
     write_json(target, {"a": 1})
