@@ -74,6 +74,23 @@ class ScalesReport:
             "features": [asdict(scale) for scale in self.features],
         }
 
+    def rows(self) -> list[tuple[str, str]]:
+        """What a person wants to know, as (feature, text) pairs."""
+        return [
+            (
+                scale.name,
+                f"{_in_hours(scale.hours)} literal, {_in_hours(scale.censored_hours)} with "
+                f"censoring; {scale.num_changes:,} changes, {scale.num_censored:,} of "
+                f"{scale.num_products:,} products never change -> {scale.tier}, "
+                f"read by the {'arms' if scale.kind == 'text' else 'head'}",
+            )
+            for scale in self.features
+        ]
+
+
+def _in_hours(hours: float | None) -> str:
+    return "no change" if hours is None else f"{hours:,.1f} h"
+
 
 def suggest_tier(hours: float) -> TierName:
     """The nearest of an hour, a week and a month on a log scale."""

@@ -46,8 +46,8 @@ CONTRACT_NAMES = frozenset(
 class Settings(BaseModel):
     """Base of all settings: frozen, unknown keys refused."""
 
-    # Defaults are validated so that 60 and 60.0 are one value however the settings were read: hashes
-    # of settings name features and artefacts.
+    # Defaults are validated so that 60 and 60.0 are one value however the settings were read:
+    # hashes of settings name features and artefacts.
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
     )
@@ -312,8 +312,10 @@ class HeadSettings(Settings):
 
 
 class ArmsRefreshSettings(Settings):
-    """The slow refresh: MLM, distillation, fine-tuning, self-training (papers.md S0.33), and at its
-    end the head once more on the new vectors, over all that is known."""
+    """The slow refresh: MLM, distillation, fine-tuning, self-training (papers.md S0.33).
+
+    At its end the head is trained once more, over the finished vectors and all recent rows.
+    """
 
     window_hours: PositiveInt = 168
     """Length of the window of recent rows for fine-tuning."""
