@@ -8,10 +8,17 @@ from datetime import datetime
 from typing import Any, Self
 from urllib.parse import urlsplit
 
+from driftline.platform.artefacts import hash_value
 from driftline.platform.errors import RequestError, ResourceError
+from driftline.platform.settings import DriftlineSettings
 from driftline.platform.windows import format_time
 from driftline.serving.asgi import HEALTH, SCORE, STATUS
 from driftline.serving.requests import Key
+
+
+def settings_identity(settings: DriftlineSettings) -> str:
+    """Hash by which a server's status tells the settings it was started with."""
+    return hash_value(settings.model_dump(mode="json"))[:12]
 
 
 class ScoringClient:

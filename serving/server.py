@@ -30,7 +30,7 @@ from driftline.platform.processes import (
 )
 from driftline.platform.settings import DriftlineSettings, parse_settings
 from driftline.platform.workspace import Workspace
-from driftline.serving.client import ScoringClient
+from driftline.serving.client import ScoringClient, settings_identity
 from driftline.serving.ingress import ingress_environment
 
 logger = logging.getLogger(__name__)
@@ -146,7 +146,11 @@ def serve_forever(
         switches = ingress_environment(settings.serving, scratch=folder if ours else None)
         os.environ.update(switches)
         with _ray(settings, address=where, switches=switches, scratch=folder) as ray_address:
-            url = _run_application(settings)
+            url = serving_url(settings)
+            if ours and _answers(settings):
+                logger.info("took over the application of a driver that was killed")
+            else:
+                _run_application(settings)
             stop = stop_event(parent=parent)
             logger.info("serving %s at %s", settings.name, url)
             if on_ready is not None:
@@ -189,8 +193,22 @@ def _ray(
         ray.shutdown()
 
 
-def _run_application(settings: DriftlineSettings) -> str:
-    """Deploy, and wait until the application answers. Gives its URL."""
+def _answers(settings: DriftlineSettings) -> bool:
+    """Whether this Ray serves exactly these settings, as it does after its driver was killed.
+
+    To deploy again would replace the replica and cost requests.
+    """
+    if not _serve_runs():
+        return False
+    with ScoringClient(serving_url(settings), timeout_seconds=5) as client:
+        try:
+            return client.status().get("settings") == settings_identity(settings)
+        except (OSError, ValueError):
+            return False
+
+
+def _run_application(settings: DriftlineSettings) -> None:
+    """Deploy, and wait until the application answers."""
     from ray import serve
 
     from driftline.serving.app import ServingAppSettings, app
@@ -199,9 +217,8 @@ def _run_application(settings: DriftlineSettings) -> str:
     logging_config = {"enable_access_log": False, "log_level": "WARNING"}
     serve.start(proxy_location="HeadOnly", http_options=options, logging_config=logging_config)
     serve.run(app(ServingAppSettings(market=settings)), name=application_name(settings))
-    url = serving_url(settings)
-    ScoringClient(url).wait_until_up(seconds=READY_SECONDS)
-    return url
+    with ScoringClient(serving_url(settings)) as client:
+        client.wait_until_up(seconds=READY_SECONDS)
 
 
 def _stop_application(settings: DriftlineSettings) -> None:

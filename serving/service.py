@@ -22,6 +22,7 @@ from driftline.platform.errors import DriftlineError
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.windows import format_time
 from driftline.platform.workspace import Workspace
+from driftline.serving.client import settings_identity
 from driftline.serving.holder import ChampionHolder, LiveBundle
 from driftline.serving.prepared import PreparedBundle, Scored
 from driftline.serving.requests import Key, RefusedRequestError, ScoreRequest, refuse
@@ -182,6 +183,7 @@ class BundleService:
         clock = self._settings.serving.clock
         return {
             "name": self._settings.name,
+            "settings": settings_identity(self._settings),
             "ready": live is not None,
             "bundle": None if live is None else live.fingerprint,
             "version": None if live is None else live.version,
