@@ -29,8 +29,11 @@ REST = [
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 
 
-def small_settings(workspace: Path, **changes: Any) -> DriftlineSettings:
-    """A whole loop in seconds: one-layer encoders of width 16, few rows."""
+def small_settings(workspace: Path, *, num_days: int = 2, **changes: Any) -> DriftlineSettings:
+    """A whole loop in seconds: one-layer encoders of width 16, few rows.
+
+    ``changes`` replace whole sections, but for the teacher's, whose keys are replaced.
+    """
     stage = {"num_epochs": 1, "batch_size": 128, "learning_rate": 0.003, "max_rows": 600}
     encoder = {"kind": "config", "num_layers": 1, "hidden_size": 16, "max_tokens": 16}
     raw: dict[str, Any] = {
@@ -40,7 +43,7 @@ def small_settings(workspace: Path, **changes: Any) -> DriftlineSettings:
         "source": {
             "kind": "simulate",
             "start": "2026-01-01T00:00:00Z",
-            "num_days": 2,
+            "num_days": num_days,
             "impressions_per_day": 4_000,
             "num_products": 60,
             "new_products_per_day": 20,
@@ -74,7 +77,14 @@ def small_settings(workspace: Path, **changes: Any) -> DriftlineSettings:
         "replay": {"num_hours": 3, "last_hours": 3, "num_bootstrap": 50},
         "gate": {"num_bootstrap": 50},
     }
-    return parse_settings(raw | changes, origin="test")
+    teacher = raw["teacher"] | changes.pop("teacher", {})
+    return parse_settings(raw | changes | {"teacher": teacher}, origin="test")
+
+
+@pytest.fixture
+def make_settings() -> Callable[..., DriftlineSettings]:
+    """See ``small_settings``."""
+    return small_settings
 
 
 def prepare_market(settings: DriftlineSettings) -> DriftlineSettings:
