@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -28,15 +27,13 @@ from driftline.platform.examples import open_texts
 from driftline.platform.inputs import open_inputs
 from driftline.platform.models.build import build_model
 from driftline.platform.models.spec import MlpSpec
-from driftline.platform.settings import DriftlineSettings
+from driftline.platform.settings import DriftlineSettings, StageSettings
 from driftline.platform.stages import StageJob, run_stage
 from driftline.platform.tabular import TabularEncoder
 from driftline.platform.tasks import predict
 from driftline.platform.windows import Window
 
 WEIGHTS, TEXTS, TABULAR, SPEC = "mlp.safetensors", "texts.arrow", "tabular.json", "spec.json"
-FIRST_EPOCHS: Final = 3.0
-"""Passes over the log when the baseline is trained for the first time."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class MlpPeer:
 
     @classmethod
     def fit(cls, settings: DriftlineSettings, window: Window, *, as_of: datetime) -> "MlpPeer":
-        """Train from scratch on all that is known."""
+        """Train from scratch on all that is known, as the head is trained in an arms refresh."""
         frame = replayed_frame(settings, window, as_of=as_of, replay_share=0)
         rows = split_rows(settings, frame)
         tabular = TabularEncoder.fit(
@@ -65,7 +62,7 @@ class MlpPeer:
         )
         new = cls(Path(tempfile.mkdtemp()), spec, tabular, settings.labels.negative_keep_rate)
         write_student_texts(settings, known_texts(settings, as_of=as_of), new.folder / TEXTS)
-        new._train(settings, frame, initial=(), num_epochs=FIRST_EPOCHS)
+        new._train(settings, frame, initial=(), stage=settings.student.arms_refresh.head)
         return new
 
     def continued(self, settings: DriftlineSettings, *, as_of: datetime) -> "MlpPeer":
@@ -76,12 +73,8 @@ class MlpPeer:
         tabular = self.tabular.refitted(split_rows(settings, frame).train)
         new = replace(self, folder=Path(tempfile.mkdtemp()), tabular=tabular)
         write_student_texts(settings, known_texts(settings, as_of=as_of), new.folder / TEXTS)
-        new._train(
-            settings,
-            frame,
-            initial=(self.folder / WEIGHTS,),
-            num_epochs=refresh.finetune.num_epochs,
-        )
+        start = (self.folder / WEIGHTS,)
+        new._train(settings, frame, initial=start, stage=refresh.finetune)
         return new
 
     def score(self, frame: pa.Table) -> NDArray[np.float64]:
@@ -126,10 +119,9 @@ class MlpPeer:
         frame: pa.Table,
         *,
         initial: tuple[Path, ...],
-        num_epochs: float,
+        stage: StageSettings,
     ) -> None:
         rows = split_rows(settings, frame)
-        recipe = settings.student.head_refresh.finetune
         job = StageJob(
             name="peer.mlp",
             model=self.spec,
@@ -137,7 +129,7 @@ class MlpPeer:
             examples=self._examples(self.folder / "train.arrow", rows.train),
             validation=self._examples(self.folder / "validation.arrow", rows.validation),
             texts=self.folder / TEXTS,
-            stage=recipe.model_copy(update={"num_epochs": num_epochs}),
+            stage=stage,
             initial=initial,
             output=self.folder / WEIGHTS,
             checkpoints=self.folder / "checkpoints",

@@ -95,7 +95,7 @@ def calibrated(settings: DriftlineSettings, scorer: Scorer, validation: pa.Table
 
 
 def newest_validation(
-    settings: DriftlineSettings, frame: pa.Table, *, min_clicks: int = 100
+    settings: DriftlineSettings, frame: pa.Table, *, min_clicks: int = 400
 ) -> pa.Table:
     """The newest validation rows of a frame that hold enough clicks to calibrate by."""
     rows = frame.filter(part_mask(frame, "validation", split=settings.split))
