@@ -12,7 +12,9 @@ import psutil
 from driftline.platform.artefacts import hash_value
 from driftline.platform.settings import DriftlineSettings
 
-NOT_MODEL_SETTINGS = frozenset({"workspace", "serving", "ray", "registry", "replay", "gate"})
+NOT_MODEL_SETTINGS = frozenset(
+    {"workspace", "serving", "cadence", "ray", "registry", "replay", "gate"}
+)
 
 
 @cache
