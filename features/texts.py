@@ -6,6 +6,7 @@ two products with the same words share one.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Final
 
@@ -13,12 +14,14 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from driftline.features.log import ImpressionLog
 from driftline.features.sources import replace_source
 from driftline.features.views import NO_TEXT, TEXT_ID, feature_views
 from driftline.platform.artefacts import whole_file
+from driftline.platform.contract import TIME
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.workspace import Workspace, require
 
@@ -50,6 +53,18 @@ def read_texts(settings: DriftlineSettings) -> pa.Table:
         MissingArtefactError: the catalogue has not been read yet.
     """
     return pq.read_table(require(texts_path(settings), made_by="features prepare"))
+
+
+def known_texts(settings: DriftlineSettings, *, as_of: datetime) -> pa.Table:
+    """Distinct texts published until ``as_of``, ascending by ``text_id``; none without text."""
+    views = [view for view in feature_views(settings) if TEXT_ID in view.features.names]
+    texts = read_texts(settings)
+    if not views:
+        return texts.slice(0, 0)
+    source = ds.dataset(views[0].folder(settings))
+    published = ds.field("event_time") <= pa.scalar(as_of, TIME)
+    ids = source.to_table(columns=[TEXT_ID], filter=published)[TEXT_ID].unique()
+    return texts.filter(pc.is_in(texts[TEXT_ID], value_set=ids)).sort_by(TEXT_ID)
 
 
 def text_ids(catalogue: pa.Table, *, names: Sequence[str]) -> pa.Array:

@@ -8,12 +8,13 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from driftline.features.log import ImpressionLog
+from driftline.features.texts import known_texts
 from driftline.pipelines.labels import SoftLabels
 from driftline.pipelines.student import (
-    known_texts,
     soft_labels,
     student_tokenizer,
     write_student_texts,
@@ -30,6 +31,7 @@ from driftline.platform.bundle import (
     VectorCache,
 )
 from driftline.platform.columns import head_columns
+from driftline.platform.contract import TIME
 from driftline.platform.inference import encode_texts, load_model
 from driftline.platform.models.spec import (
     EncoderSpec,
@@ -143,7 +145,7 @@ class ArmsTraining:
         """MLM, distil, fine-tune, self-train; gives the weights of the last stage."""
         arms = self.settings.student.arms_refresh
         weights: tuple[Path, ...] = ()
-        if arms.mlm is not None and self.has_text:
+        if arms.mlm is not None and self.has_text and self.texts.num_rows:
             weights = (self._stage("mlm", arms.mlm, self.texts_file, None, start=()),)
         if arms.distil is not None:
             labels = [soft_labels(self.settings, part, self.store) for part in _parts(self.stale)]
@@ -171,7 +173,8 @@ class ArmsTraining:
         """Learn both parts again from the fine-tuned student's own labels (papers.md S0.20)."""
         rounds = self.settings.student.arms_refresh.self_training
         scorer = self.scorer(finetuned, self.encode(finetuned))
-        both = pa.concat_tables([self.stale.train, self.recent.train])
+        earlier = pc.less(self.stale.train["event_time"], pa.scalar(self.window.start, TIME))
+        both = pa.concat_tables([self.stale.train.filter(earlier), self.recent.train])
         own = scorer.logit_pairs(both).astype(np.float32)
         examples = self._write("both", both, own)
         start = distilled if rounds.start == "distilled" and distilled else (finetuned,)

@@ -42,7 +42,7 @@ def run(config: Config, set_: Set = None, json_: Json = False) -> None:
     """The whole loop: data, features, teacher, student, replay, serving, report."""
     from driftline.pipelines.run import run_all
 
-    settings = _settings(config, set_)
+    settings = load_settings(config, overrides=set_ or [])
     result = run_all(settings, progress_bar=progress_bar)
     Output(json_).show(result.text, result.figures)
 

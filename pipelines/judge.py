@@ -7,7 +7,8 @@ A refresh should be boring, so the challenger is promoted unless something speak
   95 % interval lies beyond what the settings allow, so that bad luck alone refuses nothing;
 - predicted clicks per click: refused when its whole interval lies outside the allowed range *and*
   the challenger is further from 1 than the champion. When the market jumps, both are off; the one
-  that is less off should serve.
+  that is less off should serve. A market's first bundle has nothing to be better than: its
+  calibration is reported and not judged, for refusing it would leave the market with nothing.
 
 A slice with too few rows or clicks is not evidence enough to refuse; then only the mechanical
 checks decide, and the verdict says so. Slices of new or rare items are reported, not judged: they
@@ -206,6 +207,8 @@ class _Evidence:
             word = "nearer to 1 than" if nearer else "further from 1 than or as far as"
             said += f"; {word} the champion's {champion:.2f}"
         outcome: Outcome = "failed" if outside else "passed"
+        if outside and self.champion_N is None:
+            outcome = "not judged"  # a market's first bundle is better than none
         return Check("calibration", outcome, f"{said}; {where}", ratio, (low, high))
 
     def figures(self) -> dict[str, float | None]:

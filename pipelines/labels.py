@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from driftline.pipelines.prepare import prepare_features
-from driftline.pipelines.teacher import Teacher, teacher_input
+from driftline.pipelines.teacher import Teacher, teacher_input, tokenizer_hash
 from driftline.pipelines.teacher_input import TeacherInput
 from driftline.pipelines.training_sets import known_frame, split_rows
 from driftline.platform.artefacts import whole_file
+from driftline.platform.errors import FrozenTeacherError
 from driftline.platform.examples import Ragged, TokenRows
 from driftline.platform.inference import load_model, predict_logits
 from driftline.platform.inputs import TowerInputs
@@ -60,10 +61,24 @@ class SoftLabels:
 
     @classmethod
     def open(cls, settings: DriftlineSettings) -> "SoftLabels":
-        """The store of the workspace's frozen teacher."""
+        """The store of the workspace's frozen teacher.
+
+        Raises:
+            FrozenTeacherError: rows would be written for it in another way than in its training.
+        """
         workspace = Workspace.of(settings)
         teacher = Teacher.open(workspace)
-        return cls(workspace.labels / teacher.hash[:12], teacher, teacher_input(settings))
+        reader = teacher_input(settings)
+        names = ("columns", "max_tokens", "tokenizer")
+        known = (teacher.manifest[name] for name in names)
+        now = ([*reader.serialiser.columns], reader.max_tokens, tokenizer_hash(settings))
+        for name, before, found in zip(names, known, now, strict=True):
+            if before != found:
+                raise FrozenTeacherError(
+                    f"teacher {teacher.path}: {name} was {before} in its training and is {found} "
+                    "now; undo the change, or use a new workspace"
+                )
+        return cls(workspace.labels / teacher.hash[:12], teacher, reader)
 
     def logits(
         self, frame: pa.Table, *, progress: Callable[[int, int], None] | None = None

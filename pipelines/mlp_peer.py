@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from driftline.pipelines.student import known_texts, write_student_texts
+from driftline.features.texts import known_texts
+from driftline.pipelines.student import write_student_texts
 from driftline.pipelines.training_sets import (
     replayed_frame,
     split_rows,
@@ -65,10 +66,10 @@ class MlpPeer:
         new._train(settings, frame, initial=(), stage=settings.student.arms_refresh.head)
         return new
 
-    def continued(self, settings: DriftlineSettings, *, as_of: datetime) -> "MlpPeer":
+    def continued(self, settings: DriftlineSettings, span: Window, *, as_of: datetime) -> "MlpPeer":
         """Train on with the head's own recipe: same window, replay, rate and passes."""
         refresh = settings.student.head_refresh
-        window = Window(as_of - timedelta(hours=refresh.window_hours), as_of)
+        window = Window(span.start, as_of).last(timedelta(hours=refresh.window_hours))
         frame = replayed_frame(settings, window, as_of=as_of, replay_share=refresh.replay_share)
         tabular = self.tabular.refitted(split_rows(settings, frame).train)
         new = replace(self, folder=Path(tempfile.mkdtemp()), tabular=tabular)

@@ -8,7 +8,7 @@ published baseline (papers.md S0.34); LightGBM is what many teams run today. Eac
 import logging
 import time
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 
 from driftline.features.log import ImpressionLog
 from driftline.pipelines.mlp_peer import MlpPeer
+from driftline.pipelines.plan import schedule
 from driftline.pipelines.training_sets import known_frame
 from driftline.platform.artefacts import read_json, whole_directory, write_json
 from driftline.platform.columns import head_columns
+from driftline.platform.errors import EmptyWindowError
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.tabular import TabularEncoder
-from driftline.platform.windows import Window, format_time
+from driftline.platform.windows import Window, format_time, parse_time
 from driftline.platform.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -98,7 +100,13 @@ class Peers:
                 continue
             started, cpu = time.monotonic(), time.process_time()
             before = self._newest(policy)
-            peer = self._fit(policy, now, before)
+            try:
+                peer = self._fit(policy, now, before)
+            except EmptyWindowError as error:
+                if before is None:
+                    raise
+                logger.info("%s keeps its fit at %s: %s", policy, format_time(now), error)
+                continue
             with whole_directory(folder) as scratch:
                 peer.save(scratch)
                 cost = {
@@ -122,9 +130,15 @@ class Peers:
         window = Window(span.start, now)
         if policy.startswith("lightgbm"):
             return LightGbmPeer.fit(known_frame(self.settings, window, as_of=now), self.settings)
-        if before is None:
+        if before is None or self._retrains(policy, now):
             return MlpPeer.fit(self.settings, window, as_of=now)
-        return MlpPeer.load(before).continued(self.settings, as_of=now)
+        return MlpPeer.load(before).continued(self.settings, window, as_of=now)
+
+    def _retrains(self, policy: str, now: datetime) -> bool:
+        """From scratch as often as the student's head is, with each arms refresh."""
+        fitted = sorted((self.folder / policy).glob("[0-9]*"))
+        first = parse_time(read_json(fitted[0] / COST)["as_of"])
+        return (now - first) % schedule(self.settings).arms == timedelta(0)
 
     def _policies(self) -> list[str]:
         return [p for p in self.settings.replay.peers if p.startswith(("mlp", "lightgbm"))]

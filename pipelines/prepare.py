@@ -5,6 +5,8 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
+from filelock import FileLock
+
 from driftline.features.counters import compute_counters
 from driftline.features.frames import build_frames
 from driftline.features.log import ImpressionLog
@@ -12,6 +14,7 @@ from driftline.features.online import OnlineFeatures
 from driftline.features.store import MaterializeReport, apply, feature_view_versions, materialize
 from driftline.features.texts import write_product_sources
 from driftline.platform.artefacts import hash_file, hash_value, read_json, write_json
+from driftline.platform.columns import head_columns
 from driftline.platform.errors import SettingsError
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.windows import HOUR, Window, ceil_time, floor_time, format_time, parse_time
@@ -34,19 +37,31 @@ def prepare_features(
     log = ImpressionLog.open(workspace.clean, settings)
     end = log.span.end if as_of is None else min(log.span.end, ceil_time(as_of, HOUR))
     window = Window(log.span.start, max(log.span.start, end))
-    stamp = workspace.features / "prepared.json"
+    workspace.features.mkdir(parents=True, exist_ok=True)
+    with FileLock(workspace.features / ".prepare.lock"):  # two jobs may ask at once
+        _prepare(settings, log, window, progress=progress)
+    return window
+
+
+def _prepare(
+    settings: DriftlineSettings,
+    log: ImpressionLog,
+    window: Window,
+    *,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    stamp = Workspace.of(settings).features / "prepared.json"
     key = _preparation_key(settings)
     done = read_json(stamp) if stamp.exists() else {}
     prepared_until = parse_time(done["end"]) if done.get("key") == key else log.span.start
     if prepared_until >= window.end:
-        return window
+        return
     missing = Window(prepared_until, window.end)
     write_product_sources(settings)
     compute_counters(settings, window=missing)
     apply(settings, key_type=log.key_type)
     build_frames(settings, window=missing, progress=progress)
     write_json(stamp, {"key": key, "end": format_time(window.end)})
-    return window
 
 
 def materialize_features(settings: DriftlineSettings, *, as_of: datetime) -> MaterializeReport:
@@ -84,4 +99,5 @@ def _values(values: Any) -> list[Any]:
 def _preparation_key(settings: DriftlineSettings) -> str:
     """Changes when the clean log or the meaning of a feature does."""
     verdict = require(Workspace.of(settings).clean / "verdict.json", made_by="check CONFIG")
-    return hash_value([hash_file(verdict), feature_view_versions(settings)])
+    columns = [(column.name, column.kind) for column in head_columns(settings)]
+    return hash_value([hash_file(verdict), feature_view_versions(settings), columns])

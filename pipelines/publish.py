@@ -10,16 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from driftline.features.log import ImpressionLog
 from driftline.pipelines.gate_page import write_gate_page
 from driftline.pipelines.judge import GateVerdict, judge
+from driftline.pipelines.provenance import settings_hash
 from driftline.pipelines.records import Kind, RefreshRecord, record_path, write_record
 from driftline.pipelines.training_sets import known_frame
 from driftline.platform.bundle import Bundle
-from driftline.platform.errors import DriftlineError, MissingArtefactError
-from driftline.platform.registry import Registry
+from driftline.platform.errors import BundleError, DriftlineError, MissingArtefactError
+from driftline.platform.registry import Registry, read_champion
 from driftline.platform.sampling import part_mask, request_keys
 from driftline.platform.scorer import Scorer
 from driftline.platform.settings import DriftlineSettings
@@ -57,7 +59,7 @@ def champion_before(settings: DriftlineSettings, as_of: datetime, *, kind: Kind)
         return None
     bundle = Bundle.open(champion.path)
     known = parse_time(bundle.lineage["as_of"])
-    if known > as_of:
+    if known > as_of and kind == "head":
         raise DriftlineError(
             f"the champion {bundle.fingerprint} knows the log up to {format_time(known)}, later "
             f"than {format_time(as_of)}; refresh at a later time, or roll back to an older bundle"
@@ -77,9 +79,32 @@ def publish(
     scratch: Path,
 ) -> RefreshRecord:
     """Judge, register, promote or refuse, write the gate's page and the record; clean up."""
+    verdict = judge_bundle(settings, challenger.bundle, champion=champion, as_of=as_of)
+    with FileLock(Workspace.of(settings).root / "publish.lock"):
+        return _decide(
+            settings, challenger, verdict, champion=champion, as_of=as_of, scratch=scratch
+        )
+
+
+def _decide(
+    settings: DriftlineSettings,
+    challenger: Challenger,
+    verdict: GateVerdict,
+    *,
+    champion: Bundle | None,
+    as_of: datetime,
+    scratch: Path,
+) -> RefreshRecord:
     workspace = Workspace.of(settings)
     bundle = challenger.bundle
-    verdict = judge_bundle(settings, bundle, champion=champion, as_of=as_of)
+    live_now = read_champion(workspace.bundles)
+    expected = {bundle.fingerprint, champion.fingerprint if champion else None}
+    if bundle.lineage["kind"] == "head" and live_now and live_now.fingerprint not in expected:
+        raise DriftlineError(
+            f"the champion became {live_now.fingerprint} while the head of "
+            f"{champion.fingerprint if champion else 'none'} was refreshed, with other arms "
+            "perhaps; run the head refresh again"
+        )
     kind: Kind = bundle.lineage["kind"]
     registry = Registry(settings, workspace)
     version = registry.register(
@@ -99,13 +124,19 @@ def publish(
         registry.log_refusal(version, reasons=verdict.reasons, decided_at=as_of)
     page = record_path(workspace, kind, as_of).with_suffix(".html")
     write_gate_page(verdict, page, title=f"{kind} refresh {format_time(as_of)}")
-    live = bundle if verdict.promote or champion is None else champion
+    if not verdict.promote and champion is None:
+        raise BundleError(
+            f"the first bundle {bundle.fingerprint} was refused: {'; '.join(verdict.reasons)}; "
+            f"see {page}; mend the cause and run it again"
+        )
+    live = champion if champion is not None and not verdict.promote else bundle
     record = RefreshRecord(
         kind=kind,
         as_of=format_time(as_of),
         bundle=bundle.fingerprint,
         parent=champion.fingerprint if champion else None,
         decision="promoted" if verdict.promote else "refused",
+        settings=settings_hash(settings),
         reasons=verdict.reasons,
         num_rows=challenger.num_rows,
         seconds=round(challenger.seconds, 3),

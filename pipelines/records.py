@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from driftline.platform.artefacts import read_json, write_json
+from driftline.platform.errors import SettingsError
 from driftline.platform.windows import format_time
 from driftline.platform.workspace import Workspace
 
@@ -23,6 +24,8 @@ class RefreshRecord:
     """Fingerprint of the champion it was judged against."""
     decision: Literal["promoted", "refused"]
     reasons: tuple[str, ...]
+    settings: str
+    """Hash of the settings it was made with."""
     num_rows: int
     seconds: float
     core_seconds: float
@@ -42,12 +45,23 @@ def record_path(workspace: Workspace, kind: Kind, as_of: datetime) -> Path:
     return workspace.reports / "refreshes" / f"{stamp}-{kind}.json"
 
 
-def read_record(workspace: Workspace, kind: Kind, as_of: datetime) -> RefreshRecord | None:
-    """The record of that refresh, if it was done."""
+def read_record(
+    workspace: Workspace, kind: Kind, as_of: datetime, *, settings_hash: str
+) -> RefreshRecord | None:
+    """The record of that refresh, if it was done.
+
+    Raises:
+        SettingsError: it was done with other settings.
+    """
     path = record_path(workspace, kind, as_of)
     if not path.exists():
         return None
     raw = read_json(path)
+    if raw["settings"] != settings_hash:
+        raise SettingsError(
+            f"the {kind} refresh of {raw['as_of']} was made with other settings "
+            f"({raw['settings']}, now {settings_hash}); use another workspace"
+        )
     return RefreshRecord(**{**raw, "reasons": tuple(raw["reasons"])})
 
 

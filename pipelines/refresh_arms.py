@@ -13,6 +13,7 @@ from pathlib import Path
 
 from driftline.pipelines.arms_training import ArmsTraining
 from driftline.pipelines.prepare import prepare_features
+from driftline.pipelines.provenance import settings_hash
 from driftline.pipelines.publish import Challenger, champion_before, publish
 from driftline.pipelines.records import RefreshRecord, read_record
 from driftline.pipelines.student import (
@@ -21,12 +22,14 @@ from driftline.pipelines.student import (
     calibrated,
     lineage,
     newest_validation,
+    student_tokenizer,
 )
 from driftline.platform.artefacts import link_or_copy, whole_directory
 from driftline.platform.bundle import (
     ARMS,
     HEAD,
     TABULAR,
+    TOKENIZER,
     VECTORS,
     BundleParts,
     write_bundle,
@@ -53,7 +56,8 @@ def refresh_arms(
         EmptyWindowError: no matured impression to learn from.
     """
     workspace = Workspace.of(settings)
-    if (done := read_record(workspace, "arms", as_of)) is not None:
+    done = read_record(workspace, "arms", as_of, settings_hash=settings_hash(settings))
+    if done is not None:
         logger.info("arms refresh of %s was done before: %s", done.as_of, done.decision)
         return done
     started, cpu_started = time.monotonic(), time.process_time()
@@ -67,14 +71,16 @@ def refresh_arms(
     calibration = calibrated(settings, scorer, newest_validation(settings, recent))
     arms = _keep(training, weights, head, vectors)
     champion = champion_before(settings, as_of, kind="arms")
-    tokenizer = workspace.tokenizer if workspace.tokenizer.exists() else None
+    tokenizer = training.scratch / TOKENIZER
+    if training.has_text:
+        student_tokenizer(settings).save(tokenizer)
     bundle = write_bundle(
         workspace.bundles,
         BundleParts(
             head=arms / HEAD,
             arms=arms / ARMS if training.has_text else None,
             vectors=arms / VECTORS,
-            tokenizer=tokenizer,
+            tokenizer=tokenizer if training.has_text else None,
             tabular=training.tabular,
             calibration=calibration,
             student=student_json(

@@ -16,14 +16,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from driftline.features.log import ImpressionLog
+from driftline.features.texts import known_texts
 from driftline.pipelines.labels import SoftLabels
 from driftline.pipelines.prepare import prepare_features
+from driftline.pipelines.provenance import settings_hash
 from driftline.pipelines.publish import Challenger, champion_before, publish
 from driftline.pipelines.records import RefreshRecord, read_record
 from driftline.pipelines.student import (
     bundle_contract,
     calibrated,
-    known_texts,
     lineage,
     newest_validation,
     soft_labels,
@@ -68,7 +69,8 @@ def refresh_head(
         EmptyWindowError: no matured impression to learn from.
     """
     workspace = Workspace.of(settings)
-    if (done := read_record(workspace, "head", as_of)) is not None:
+    done = read_record(workspace, "head", as_of, settings_hash=settings_hash(settings))
+    if done is not None:
         logger.info("head refresh of %s was done before: %s", done.as_of, done.decision)
         return done
     started, cpu_started = time.monotonic(), time.process_time()

@@ -29,7 +29,7 @@ from driftline.pipelines.refresh_arms import refresh_arms
 from driftline.pipelines.refresh_head import refresh_head
 from driftline.platform.artefacts import read_json, whole_file, write_json
 from driftline.platform.bundle import Bundle
-from driftline.platform.errors import SettingsError
+from driftline.platform.errors import EmptyWindowError, SettingsError
 from driftline.platform.scorer import Scorer
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.windows import HOUR, Split, Window, format_time, split_span
@@ -101,11 +101,16 @@ class _Replay:
     def check_settings(self) -> None:
         """One replay folder, one set of settings: mixed hours would be no measurement."""
         path = self.folder / "replay.json"
-        now = {"settings": settings_hash(self.settings), "window": str(self.window)}
+        now = {
+            "settings": settings_hash(self.settings),
+            "window": str(self.window),
+            "gate": self.settings.gate.model_dump(mode="json"),
+            "peers": list(self.settings.replay.peers),
+        }
         if path.exists() and (before := read_json(path)) != now:
             raise SettingsError(
                 f"replay {self.folder} was begun with other settings or hours ({before}, now "
-                f"{now}); use another workspace, or remove that folder to replay again"
+                f"{now}); use another workspace"
             )
         write_json(path, now)
 
@@ -136,7 +141,10 @@ class _Replay:
         if age % due.arms == timedelta(0):
             refresh_arms(self.settings, as_of=now)
         elif age % due.head == timedelta(0):
-            refresh_head(self.settings, as_of=now)
+            try:
+                refresh_head(self.settings, as_of=now)
+            except EmptyWindowError as error:
+                logger.info("no head refresh at %s: %s", format_time(now), error)
 
     def _champion(self, now: datetime) -> str:
         """Fingerprint of the champion after the newest refresh that is not after ``now``."""
@@ -150,7 +158,8 @@ class _Replay:
     def _students(self, now: datetime) -> dict[str, str]:
         """The same student under other policies: never refreshed, arms only, k hours stale."""
         records = self._records_until(now)
-        arms = [record for record in records if record.kind == "arms"]
+        every = [record for record in records if record.kind == "arms"]
+        arms = [record for record in every if record.decision == "promoted"] or every[:1]
         chosen = {"never": arms[0].bundle, "arms_only": arms[-1].bundle}
         chosen = {k: v for k, v in chosen.items() if k in self.settings.replay.peers}
         for stale in STALE_HOURS:

@@ -7,14 +7,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.dataset as ds
 from numpy.typing import NDArray
 
 from driftline.features.log import ImpressionLog
 from driftline.features.store import feature_view_versions
-from driftline.features.texts import read_texts
-from driftline.features.views import TEXT_ID, feature_views
 from driftline.pipelines.labels import SoftLabels, shift_prior
 from driftline.pipelines.provenance import code_version, settings_hash
 from driftline.pipelines.teacher import open_tokenizer
@@ -22,7 +18,6 @@ from driftline.pipelines.training_sets import newest
 from driftline.platform.artefacts import hash_file
 from driftline.platform.bundle import Calibration
 from driftline.platform.columns import head_columns
-from driftline.platform.contract import TIME
 from driftline.platform.examples import Ragged, Texts, write_texts
 from driftline.platform.metrics import fit_platt
 from driftline.platform.sampling import part_mask, soft_labelled
@@ -41,18 +36,6 @@ def student_tokenizer(settings: DriftlineSettings) -> Tokenizer:
     if isinstance(encoder, CheckpointEncoder):
         return Tokenizer(encoder.path)
     return open_tokenizer(settings)
-
-
-def known_texts(settings: DriftlineSettings, *, as_of: datetime) -> pa.Table:
-    """Distinct texts published until ``as_of``, ascending by ``text_id``; none without text."""
-    views = [view for view in feature_views(settings) if TEXT_ID in view.features.names]
-    texts = read_texts(settings)
-    if not views:
-        return texts.slice(0, 0)
-    source = ds.dataset(views[0].folder(settings))
-    published = ds.field("event_time") <= pa.scalar(as_of, TIME)
-    ids = source.to_table(columns=[TEXT_ID], filter=published)[TEXT_ID].unique()
-    return texts.filter(pc.is_in(texts[TEXT_ID], value_set=ids)).sort_by(TEXT_ID)
 
 
 def write_student_texts(settings: DriftlineSettings, texts: pa.Table, destination: Path) -> Path:

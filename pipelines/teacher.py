@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from driftline.features.log import ImpressionLog
-from driftline.features.texts import read_texts
+from driftline.features.texts import known_texts, read_texts
 from driftline.pipelines.provenance import code_version
 from driftline.pipelines.teacher_input import RowSerialiser, TeacherInput, teacher_columns
 from driftline.pipelines.training_sets import clicks, known_frame, newest, split_rows
@@ -110,7 +111,7 @@ def train_teacher(
     max_rows = settings.teacher.supervised.max_rows
     rows = split_rows(settings, frame, max_rows=max_rows, keep_rate=keep_rate)
     validation = newest(rows.validation, MAX_VALIDATION_ROWS)
-    reader = _train_reader(settings, rows.train)
+    reader = _train_reader(settings, rows.train, as_of=split.ood.end)
     scratch = workspace.scratch / f"teacher-{key}"
     examples, held_out = scratch / "train.arrow", scratch / "validation.arrow"
     write_tokens(examples, TokenRows(Ragged.of(reader.tokens(rows.train)), clicks(rows.train)))
@@ -134,7 +135,7 @@ def train_teacher(
         manifest = {
             "key": key,
             "weights": hash_file(folder / WEIGHTS),
-            "tokenizer": hash_file(workspace.tokenizer) if workspace.tokenizer.exists() else "own",
+            "tokenizer": tokenizer_hash(settings),
             "columns": list(reader.serialiser.columns),
             "max_tokens": reader.max_tokens,
             "spec": spec.model_dump(mode="json"),
@@ -171,12 +172,13 @@ def open_tokenizer(settings: DriftlineSettings) -> Tokenizer:
     return Tokenizer(require(Workspace.of(settings).tokenizer, made_by="teacher CONFIG"))
 
 
-def _train_reader(settings: DriftlineSettings, train: pa.Table) -> TeacherInput:
+def _train_reader(settings: DriftlineSettings, train: pa.Table, *, as_of: datetime) -> TeacherInput:
     """Train the tokeniser on the serialised OOD rows and texts, once (papers.md S0.26)."""
     workspace = Workspace.of(settings)
     encoder = settings.teacher.encoder
     if not isinstance(encoder, CheckpointEncoder) and not workspace.tokenizer.exists():
-        serialiser = _serialiser(settings)
+        texts = known_texts(settings, as_of=as_of)
+        serialiser = RowSerialiser(teacher_columns(settings), texts)
 
         def sentences() -> Iterator[str]:
             yield from serialiser.text_strings("page")
@@ -187,6 +189,12 @@ def _train_reader(settings: DriftlineSettings, train: pa.Table) -> TeacherInput:
             sentences(), workspace.tokenizer, settings=settings.tokenizer, seed=settings.seed
         )
     return teacher_input(settings)
+
+
+def tokenizer_hash(settings: DriftlineSettings) -> str:
+    """Hash of the workspace's tokeniser; a checkpoint's own is part of its weights' folder."""
+    tokenizer = Workspace.of(settings).tokenizer
+    return hash_file(tokenizer) if tokenizer.exists() else "own"
 
 
 def _stages(

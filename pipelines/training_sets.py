@@ -40,8 +40,10 @@ def known_frame(
 ) -> pa.Table:
     """Rows of the window whose outcome was known at ``as_of``, in order of time."""
     newest = as_of - settings.labels.maturity
-    window = Window(min(window.start, newest), min(window.end, newest))
-    frame = read_frames(settings, window, columns=columns)
+    span = ImpressionLog.open(Workspace.of(settings).clean, settings).span
+    start = max(window.start, span.start)
+    end = max(start, min(window.end, newest, span.end))
+    frame = read_frames(settings, Window(start, end), columns=columns)
     return frame.filter(pc.less_equal(frame["event_time"], pa.scalar(newest, TIME)))
 
 

@@ -9,8 +9,8 @@ class DriftlineError(Exception):
     """Base of all errors that a user can act on; the command prints it without a traceback."""
 
 
-class SettingsError(DriftlineError):
-    """A settings file or a ``--set`` that cannot be used."""
+class SettingsError(DriftlineError, ValueError):
+    """A settings file, a ``--set`` or a moment that cannot be used."""
 
 
 class ContractError(DriftlineError):

@@ -11,6 +11,7 @@ from typing import Final, Literal
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from driftline.platform.settings import SplitSettings
@@ -42,8 +43,7 @@ def part_mask(frame: pa.Table, part: Part, *, split: SplitSettings) -> NDArray[n
 
 def request_keys(frame: pa.Table) -> pa.ChunkedArray:
     """The request of each row; the row itself where the log does not name one."""
-    keys = frame["request_id"]
-    return keys if keys.null_count == 0 else frame["impression_id"]
+    return pc.coalesce(frame["request_id"], frame["impression_id"])
 
 
 def thinned(frame: pa.Table, *, keep_rate: float, seed: int) -> NDArray[np.bool_]:

@@ -119,11 +119,7 @@ class TabularEncoder:
         return TabularEncoder(
             tuple(c.extended(frame[c.column].combine_chunks()) for c in self.categories),
             tuple(
-                replace(
-                    _fit_scaler(n.column, _to_float(frame[n.column]), transform=n.transform),
-                    edges=n.edges,
-                )
-                for n in self.numbers
+                _refit_scaler(number, _to_float(frame[number.column])) for number in self.numbers
             ),
         )
 
@@ -203,6 +199,14 @@ def _fit_scaler(
     mean = float(moved.mean()) if len(moved) else 0.0
     deviation = float(moved.std()) if len(moved) else 1.0
     return NumberScaler(column, chosen, mean, deviation if deviation > 1e-6 else 1.0)
+
+
+def _refit_scaler(number: NumberScaler, values: NDArray[np.float64]) -> NumberScaler:
+    """Another mean and deviation; the old ones when the window holds no value at all."""
+    if not np.isfinite(values).any():
+        return number
+    fitted = _fit_scaler(number.column, values, transform=number.transform)
+    return replace(fitted, edges=number.edges)
 
 
 def _quantiles(values: NDArray[np.float64], num_bins: int) -> tuple[float, ...]:

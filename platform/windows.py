@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
+from driftline.platform.errors import SettingsError
+
 HOUR = timedelta(hours=1)
 DAY = timedelta(days=1)
 
@@ -105,11 +107,11 @@ def split_span(span: Window, *, ood_share: float, ood_end: datetime | None = Non
     """Cut a log in two at an hour boundary.
 
     Raises:
-        ValueError: the boundary leaves one side empty.
+        SettingsError: the boundary leaves one side empty.
     """
-    end = ood_end or ceil_time(span.start + (span.end - span.start) * ood_share, HOUR)
+    end = ceil_time(ood_end or span.start + (span.end - span.start) * ood_share, HOUR)
     if not span.start < end < span.end:
-        raise ValueError(
+        raise SettingsError(
             f"split must fall inside the log {span}, got {format_time(end)}; "
             f"change split.ood_share or split.ood_end"
         )

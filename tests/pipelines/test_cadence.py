@@ -16,6 +16,7 @@ from tests.tiny_market import AS_OF, TinyMarket, tiny_settings
 
 from driftline.pipelines.cadence import CadenceService
 from driftline.pipelines.operation import UpReport, down, up
+from driftline.pipelines.provenance import settings_hash
 from driftline.pipelines.records import RefreshRecord, write_record
 from driftline.pipelines.run_log import Run, RunLog
 from driftline.pipelines.schedules import Clock
@@ -56,6 +57,7 @@ def market(tmp_path_factory: pytest.TempPathFactory) -> TinyMarket:
             parent=None,
             decision="promoted",
             reasons=(),
+            settings=settings_hash(settings),
             num_rows=1,
             seconds=1,
             core_seconds=1,

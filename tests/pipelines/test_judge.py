@@ -104,15 +104,19 @@ def test_of_two_miscalibrated_models_the_nearer_one_serves(market: Market) -> No
     assert not market.judge(near, far).promote
 
 
-def test_without_a_champion_only_mechanics_and_calibration_count(market: Market) -> None:
-    verdict = market.judge(None, market.predict(noise=3, shift=-3))
-    assert verdict.promote or "clicks predicted per click" in verdict.reasons[0]
+def test_without_a_champion_only_mechanics_count_and_calibration_is_reported(
+    market: Market,
+) -> None:
     fine = market.judge(None, market.predict(noise=0))
     assert fine.promote
     assert fine.reasons[0] == "there is no champion to compare with"
     high = market.judge(None, market.predict(noise=0, shift=2))
-    assert not high.promote
-    assert "0.60 to 1.60 are allowed" in high.reasons[0]
+    assert high.promote
+    (calibration,) = [check for check in high.checks if check.name == "calibration"]
+    assert calibration.outcome == "not judged"
+    assert "0.60 to 1.60 are allowed" in calibration.sentence
+    broken = market.judge(None, market.predict(noise=0), mechanical={"loads": False})
+    assert not broken.promote
 
 
 @pytest.mark.parametrize("num_requests", [0, 3, 24])

@@ -15,6 +15,7 @@ import yaml
 
 from driftline.features.frames import read_frames
 from driftline.pipelines.labels import SoftLabels, shift_prior
+from driftline.pipelines.provenance import settings_hash
 from driftline.pipelines.publish import champion_before, roll_back
 from driftline.pipelines.records import read_record, read_records
 from driftline.pipelines.refresh_arms import refresh_arms
@@ -215,7 +216,7 @@ def test_soft_labels_move_with_the_prior() -> None:
 
 def test_a_record_reads_back(market: DriftlineSettings) -> None:
     moment = log_split(market).id.start
-    record = read_record(Workspace.of(market), "arms", moment)
+    record = read_record(Workspace.of(market), "arms", moment, settings_hash=settings_hash(market))
     assert record is not None
     assert record.champion == champion(market).fingerprint
     assert champion_before(market, moment, kind="arms") is None
