@@ -23,7 +23,15 @@ from driftline.platform.contract import (
 )
 from driftline.platform.errors import MissingArtefactError
 from driftline.platform.settings import DriftlineSettings
-from driftline.platform.windows import HOUR, Window, ceil_time, floor_time, format_time
+from driftline.platform.windows import (
+    HOUR,
+    Split,
+    Window,
+    ceil_time,
+    floor_time,
+    format_time,
+    split_span,
+)
 
 ROWS_PER_GROUP: Final = 32_768
 """Row-group size of every table we write: small enough to skip by hour, large enough to scan."""
@@ -97,6 +105,16 @@ class ImpressionLog:
             span=span_of(first, last),
             num_rows=sum(pq.read_metadata(path).num_rows for path in files),
         )
+
+    @property
+    def split(self) -> Split:
+        """The stale part (OOD) and the recent part (ID), as the settings cut them.
+
+        Raises:
+            SettingsError: the cut leaves one side empty.
+        """
+        shares = self.settings.split
+        return split_span(self.span, ood_share=shares.ood_share, ood_end=shares.ood_end)
 
     def impression_files(self) -> list[Path]:
         """Files of impressions, by name; in a clean log by day."""

@@ -47,7 +47,7 @@ from driftline.platform.scorer import Scorer, load_head
 from driftline.platform.settings import DriftlineSettings, ObjectiveSettings, StageSettings
 from driftline.platform.stages import StageJob
 from driftline.platform.tabular import TabularEncoder
-from driftline.platform.windows import Window, format_time, split_span
+from driftline.platform.windows import Window, format_time
 from driftline.platform.workspace import Workspace
 
 MAX_VALIDATION_ROWS = 5_000
@@ -81,13 +81,12 @@ class ArmsTraining:
         """Rows, texts and shapes of everything the stages need, as known at ``as_of``."""
         workspace = Workspace.of(settings)
         arms = settings.student.arms_refresh
-        span = ImpressionLog.open(workspace.clean, settings).span
-        split = split_span(span, ood_share=settings.split.ood_share, ood_end=settings.split.ood_end)
-        window = Window(span.start, as_of).last(timedelta(hours=arms.window_hours))
+        split = ImpressionLog.open(workspace.clean, settings).split
+        window = Window(split.ood.start, as_of).last(timedelta(hours=arms.window_hours))
         stale_end = min(split.ood.end, as_of)
         recent_frame = known_frame(settings, window, as_of=as_of)
         distil = arms.distil or StageSettings()
-        stale_frame = known_frame(settings, Window(span.start, stale_end), as_of=as_of)
+        stale_frame = known_frame(settings, Window(split.ood.start, stale_end), as_of=as_of)
         recent = split_rows(settings, recent_frame, max_rows=arms.finetune.max_rows)
         recent = replace(recent, validation=newest(recent.validation, MAX_VALIDATION_ROWS))
         stale = _asked(settings, split_rows(settings, stale_frame), max_rows=distil.max_rows)

@@ -27,7 +27,7 @@ from driftline.platform.processes import (
     tail,
 )
 from driftline.platform.settings import DriftlineSettings
-from driftline.platform.windows import parse_time, split_span
+from driftline.platform.windows import parse_time
 from driftline.platform.workspace import Workspace
 from driftline.serving.server import serving_url
 
@@ -144,8 +144,7 @@ def _explain(settings: DriftlineSettings, report: Mapping[str, Any], paths: UpPa
 def _clock(settings: DriftlineSettings, *, now: datetime) -> Clock:
     if settings.cadence.clock == "wall":
         return Clock.of(settings.cadence, now=now)
-    span = ImpressionLog.open(Workspace.of(settings).clean, settings).span
-    split = split_span(span, ood_share=settings.split.ood_share, ood_end=settings.split.ood_end)
+    split = ImpressionLog.open(Workspace.of(settings).clean, settings).split
     champion = champion_facts(Workspace.of(settings))
     known = None if champion is None else parse_time(champion["as_of"])
     return Clock.of(settings.cadence, now=now, split=split, known=known)

@@ -32,7 +32,7 @@ from driftline.platform.bundle import Bundle
 from driftline.platform.errors import EmptyWindowError, SettingsError
 from driftline.platform.scorer import Scorer
 from driftline.platform.settings import DriftlineSettings
-from driftline.platform.windows import HOUR, Split, Window, format_time, split_span
+from driftline.platform.windows import HOUR, Split, Window, format_time
 from driftline.platform.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -75,8 +75,7 @@ def replay(settings: DriftlineSettings, *, progress: Progress | None = None) -> 
 
 def log_split(settings: DriftlineSettings) -> Split:
     """Stale and recent part of the workspace's log."""
-    span = ImpressionLog.open(Workspace.of(settings).clean, settings).span
-    return split_span(span, ood_share=settings.split.ood_share, ood_end=settings.split.ood_end)
+    return ImpressionLog.open(Workspace.of(settings).clean, settings).split
 
 
 @dataclass

@@ -30,7 +30,7 @@ from driftline.platform.ray_runtime import fit
 from driftline.platform.settings import CheckpointEncoder, DriftlineSettings, StageSettings
 from driftline.platform.stages import StageJob, StageResult
 from driftline.platform.text import Tokenizer, train_tokenizer
-from driftline.platform.windows import format_time, split_span
+from driftline.platform.windows import format_time
 from driftline.platform.workspace import Workspace, require
 
 logger = logging.getLogger(__name__)
@@ -104,8 +104,7 @@ def train_teacher(
         logger.info("teacher %s is frozen already", teacher.hash[:12])
         return teacher
     started = time.monotonic()
-    span = ImpressionLog.open(workspace.clean, settings).span
-    split = split_span(span, ood_share=settings.split.ood_share, ood_end=settings.split.ood_end)
+    split = ImpressionLog.open(workspace.clean, settings).split
     frame = known_frame(settings, split.ood, as_of=split.ood.end)
     keep_rate = settings.teacher.negative_keep_rate or settings.labels.negative_keep_rate
     max_rows = settings.teacher.supervised.max_rows

@@ -20,8 +20,9 @@ from driftline.platform.bundle import ARMS, TOKENIZER, Bundle, VectorCache
 from driftline.platform.examples import Ragged
 from driftline.platform.inputs import frame_texts
 from driftline.platform.models.build import build_model
-from driftline.platform.models.spec import EncoderSpec, HeadOnlySpec, TwinSpec
+from driftline.platform.models.spec import TwinSpec
 from driftline.platform.models.student import AD, PAGE, TextArms, TwinStudent
+from driftline.platform.scorer import twin_spec
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.text import Tokenizer, serialise_row
 
@@ -56,13 +57,9 @@ class ArmsEncoder:
     @classmethod
     def of(cls, bundle: Bundle, settings: DriftlineSettings) -> "ArmsEncoder | None":
         """The arms of a bundle; ``None`` for a market without text."""
-        if bundle.student["encoder"] is None:
+        spec = twin_spec(bundle.student)
+        if spec is None:
             return None
-        spec = TwinSpec(
-            encoder=EncoderSpec.model_validate(bundle.student["encoder"]),
-            tie_arms=bundle.student["tie_arms"],
-            head=HeadOnlySpec.model_validate(bundle.student["head"]).head,
-        )
         student = build_model(spec, pretrained=False)
         assert isinstance(student, TwinStudent)
         state = load_file(bundle.path / ARMS)
