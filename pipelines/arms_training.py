@@ -33,6 +33,7 @@ from driftline.platform.bundle import (
 from driftline.platform.columns import head_columns
 from driftline.platform.contract import TIME
 from driftline.platform.inference import encode_texts, load_model
+from driftline.platform.initialisers import MlmStart
 from driftline.platform.models.spec import (
     EncoderSpec,
     HeadOnlySpec,
@@ -87,7 +88,9 @@ class ArmsTraining:
         recent_frame = known_frame(settings, window, as_of=as_of)
         distil = arms.distil or StageSettings()
         stale_frame = known_frame(settings, Window(split.ood.start, stale_end), as_of=as_of)
-        recent = split_rows(settings, recent_frame, max_rows=arms.finetune.max_rows)
+        recent = split_rows(
+            settings, recent_frame, max_rows=(arms.finetune or StageSettings()).max_rows
+        )
         recent = replace(recent, validation=newest(recent.validation, MAX_VALIDATION_ROWS))
         stale = _asked(settings, split_rows(settings, stale_frame), max_rows=distil.max_rows)
         tabular = TabularEncoder.fit(
@@ -144,7 +147,7 @@ class ArmsTraining:
         """MLM, distil, fine-tune, self-train; gives the weights of the last stage."""
         arms = self.settings.student.arms_refresh
         weights: tuple[Path, ...] = ()
-        if arms.mlm is not None and self.has_text and self.texts.num_rows:
+        if isinstance(arms.init, MlmStart) and self.has_text and self.texts.num_rows:
             weights = (self._stage("mlm", arms.mlm, self.texts_file, None, start=()),)
         if arms.distil is not None:
             labels = [soft_labels(self.settings, part, self.store) for part in _parts(self.stale)]
@@ -152,7 +155,7 @@ class ArmsTraining:
             weights = (
                 self._stage(
                     "distil",
-                    arms.distil,
+                    arms.distil.stage,
                     *files,
                     start=weights,
                     objective=arms.objective,
@@ -161,7 +164,7 @@ class ArmsTraining:
             )
         distilled = weights
         files = self._examples("recent", self.recent, None)
-        finetuned = self._stage("finetune", arms.finetune, *files, start=weights)
+        finetuned = self._stage("finetune", arms.finetune or StageSettings(), *files, start=weights)
         if not arms.self_training.enabled:
             return finetuned
         return self._self_train(finetuned, distilled, validation=files[1])

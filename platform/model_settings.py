@@ -1,4 +1,4 @@
-"""Settings of models and their training. Import from ``settings``."""
+"""Settings of models: encoders, teacher, head, student. Import from ``settings``."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -6,15 +6,16 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     Discriminator,
     Field,
-    NonNegativeFloat,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     Tag,
     model_validator,
 )
 
 from driftline.platform.data_settings import Settings
+from driftline.platform.objective_settings import ObjectiveSettings
+from driftline.platform.strategy_settings import ArmsRefreshSettings
+from driftline.platform.training_settings import SelfTrainingSettings, StageSettings
 
 
 class ConfigEncoder(Settings):
@@ -67,56 +68,6 @@ class TokenizerSettings(Settings):
     """Sentences sampled for training the tokeniser."""
 
 
-class StageSettings(Settings):
-    """One training stage (papers.md S0.9, S0.21)."""
-
-    num_epochs: PositiveFloat = 1.0
-    """Passes over the rows; fractions allowed."""
-    batch_size: PositiveInt = 256
-    learning_rate: PositiveFloat = 3e-4
-    weight_decay: NonNegativeFloat = 0.01
-    warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    clip_norm: PositiveFloat = 1.0
-    evaluations_per_epoch: PositiveInt = 2
-    patience: PositiveInt = 3
-    """Evaluations without improvement before the stage stops; the best weights are kept."""
-    max_rows: PositiveInt | None = None
-    """Upper limit of rows, newest first."""
-    autocast: Literal["off", "bfloat16"] = "off"
-
-
-class ObjectiveSettings(Settings):
-    """(1-a) CE + a t^2 KL(teacher || student), equation (1) (papers.md S0.16, A0.10)."""
-
-    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Weight of the frozen teacher's soft labels; 1 ignores the clicks."""
-    temperature: PositiveFloat = 2.0
-    tau_squared: bool = True
-    """Multiply the soft loss by t^2, so that its gradient does not fade with t."""
-    divergence: Literal["kl", "reverse_kl", "logit_mse"] = "kl"
-    """``kl`` is KL(teacher || student); ``reverse_kl`` the paper's literal order of arguments."""
-
-
-class SelfTrainingSettings(StageSettings):
-    """The last round: learn from the student's own labels (papers.md S0.20)."""
-
-    enabled: bool = True
-    start: Literal["distilled", "finetuned"] = "distilled"
-    """Weights the round starts from."""
-    true_label_share: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Weight of the true click beside the student's own soft label."""
-
-    @property
-    def stage(self) -> StageSettings:
-        """The training part alone."""
-        return StageSettings(**{name: getattr(self, name) for name in StageSettings.model_fields})
-
-    @property
-    def objective(self) -> ObjectiveSettings:
-        """The student's own labels take the teacher's place, as they are."""
-        return ObjectiveSettings(alpha=1 - self.true_label_share, temperature=1.0)
-
-
 class TeacherSettings(Settings):
     """One tower over every feature as ``name: value``; trained once (papers.md S0.5-S0.8)."""
 
@@ -137,25 +88,6 @@ class HeadSettings(Settings):
     num_bins: NonNegativeInt = 24
     """Pieces in which a number of the impression is also given; 0 for none."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-
-
-class ArmsRefreshSettings(Settings):
-    """The slow refresh: MLM, distillation, fine-tuning, self-training (papers.md S0.33).
-
-    At its end the head is trained once more, over the finished vectors and all recent rows.
-    """
-
-    window_hours: PositiveInt = 168
-    """Length of the window of recent rows for fine-tuning."""
-    mlm: StageSettings | None = StageSettings()
-    distil: StageSettings | None = StageSettings(num_epochs=2)
-    objective: ObjectiveSettings = ObjectiveSettings()
-    finetune: StageSettings = StageSettings()
-    self_training: SelfTrainingSettings = SelfTrainingSettings()
-    head: StageSettings = StageSettings(num_epochs=3, batch_size=1024, learning_rate=1e-3)
-    """The head alone over the finished vectors: cheap, so it may see every row several times."""
-    num_workers: NonNegativeInt = 0
-    """Size of the worker group; 0 trains in a warm actor, right for one machine."""
 
 
 class HeadRefreshSettings(Settings):

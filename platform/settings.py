@@ -1,7 +1,7 @@
 """One typed YAML drives everything; unknown keys are refused with their path.
 
-The one door to all settings: their parts live in ``data_settings``, ``model_settings`` and
-``operation_settings``.
+The one door to all settings. Their parts live in ``data_settings``, ``model_settings``,
+``training_settings``, ``objective_settings``, ``strategy_settings`` and ``operation_settings``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,19 +36,16 @@ from driftline.platform.data_settings import (
 )
 from driftline.platform.errors import SettingsError
 from driftline.platform.model_settings import (
-    ArmsRefreshSettings,
     CheckpointEncoder,
     ConfigEncoder,
     Encoder,
     HeadRefreshSettings,
     HeadSettings,
-    ObjectiveSettings,
-    SelfTrainingSettings,
-    StageSettings,
     StudentSettings,
     TeacherSettings,
     TokenizerSettings,
 )
+from driftline.platform.objective_settings import ObjectiveSettings
 from driftline.platform.operation_settings import (
     CadenceSettings,
     GateSettings,
@@ -58,6 +55,8 @@ from driftline.platform.operation_settings import (
     ServingSettings,
     StoreSettings,
 )
+from driftline.platform.strategy_settings import ArmsRefreshSettings, DistilSettings
+from driftline.platform.training_settings import SelfTrainingSettings, StageSettings
 
 __all__ = [
     "CONTRACT_NAMES",
@@ -66,6 +65,7 @@ __all__ = [
     "CheckpointEncoder",
     "ConfigEncoder",
     "CounterSettings",
+    "DistilSettings",
     "DriftlineSettings",
     "Encoder",
     "Feature",

@@ -1,0 +1,81 @@
+"""Things a settings file names by ``kind``: ours, and those that installed packages bring.
+
+A kind is one frozen settings class with its behaviour as a method. There is no registry: a kind is
+found because it is a subclass. A package of the user's own makes its module known by an entry point
+in the group ``driftline.kinds``, so that workers on other machines find it too.
+"""
+
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Any, Final, Self, get_args
+
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from driftline.platform.data_settings import Settings
+
+GROUP: Final = "driftline.kinds"
+
+
+class Kind(Settings):
+    """Root of all that is told apart by ``kind``.
+
+    A *base* (``class SoftLoss(Kind)``) says what its kinds can do; a *kind* declares
+    ``kind: Literal["name"] = "name"``. A settings field of the base's type takes any of its kinds.
+    """
+
+    kind: str
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        if cls.__base__ is Settings or _is_kind(cls):
+            return schema
+        return core_schema.no_info_before_validator_function(
+            cls.parse, schema, serialization=core_schema.simple_ser_schema("any")
+        )
+
+    @classmethod
+    def parse(cls, raw: Any) -> Self:
+        """Read one of this base's kinds: an instance, ``{"kind": name, ...}`` or the bare name.
+
+        Raises:
+            ValueError: no such kind, also not in the installed packages; or its keys are wrong.
+        """
+        if isinstance(raw, cls):
+            return raw
+        values = {"kind": raw} if isinstance(raw, str) else raw
+        if not isinstance(values, Mapping) or not isinstance(values.get("kind"), str):
+            raise ValueError(
+                f"needs kind: one of {sorted(cls.known())}, or of an installed package"
+            )
+        name = values["kind"]
+        found = cls.known().get(name) or cls.known(installed=True).get(name)
+        if found is None:
+            raise ValueError(
+                f"kind must be one of {sorted(cls.known())}; to bring your own, install a "
+                f"package with an entry point in {GROUP!r}"
+            )
+        return found.model_validate(dict(values))
+
+    @classmethod
+    def known(cls, *, installed: bool = False) -> dict[str, type[Self]]:
+        """All kinds of this base by name; ``installed`` imports the modules of other packages."""
+        if installed:
+            for entry in entry_points(group=GROUP):
+                entry.load()
+        return {name: kind for kind in _below(cls) for name in _names(kind)}
+
+
+def _below(base: type[Any]) -> list[type[Any]]:
+    return [kind for direct in base.__subclasses__() for kind in (direct, *_below(direct))]
+
+
+def _is_kind(cls: type[Any]) -> bool:
+    """The class, or one it derives from, says its own name; the root and the bases do not."""
+    below_root = (c for c in cls.__mro__ if issubclass(c, Settings) and c.__base__ is not Settings)
+    return any("kind" in vars(c).get("__annotations__", {}) for c in below_root)
+
+
+def _names(kind: type[Kind]) -> tuple[str, ...]:
+    return get_args(kind.model_fields["kind"].annotation) if _is_kind(kind) else ()
