@@ -1,0 +1,1 @@
+"""The distillation objective in parts: soft losses, matches, schedules, projections."""
