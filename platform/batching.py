@@ -24,10 +24,12 @@ MAX_GROUP_TOKENS: Final = 32_768  # bounds the memory of one pass
 
 @dataclass
 class BatchPlan:
-    """Rows of every step, from the seed alone: any step can be asked for, in any process.
+    """Rows of every batch, from the seed alone: any batch can be asked for, in any process.
 
-    The rows of a step are the same for any number of workers; worker r takes every world-size-th
-    row from r on, so that N workers do what one does.
+    The rows of a batch are the same for any number of workers; worker r takes every world-size-th
+    row from r on, so that N workers do what one does. A step, one update of the weights, takes
+    ``accumulation`` batches; those left over when a pass ends are carried into the next (TextBrewer
+    drops them, papers.md B9).
     """
 
     num_rows: int
@@ -39,22 +41,38 @@ class BatchPlan:
     """Tokens of each row; rows of similar length then share a batch. ``[first_row + num_rows]``."""
     block_rows: int = 1
     """Neighbouring rows that stay together: ads of one page, whose text is then encoded once."""
+    accumulation: int = 1
+    """Batches of a step; the last step may have fewer."""
+    fixed_steps: int | None = None
+    """Steps in all, instead of ``num_epochs``."""
     _epoch: int = field(default=-1, init=False)
     _batches: list[Rows] = field(default_factory=list, init=False)
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Steps in a whole pass; the last may be smaller."""
+    def batches_per_epoch(self) -> int:
+        """Batches in a whole pass; the last may be smaller."""
         return -(-self.num_rows // self.batch_size)
 
     @property
-    def num_steps(self) -> int:
-        """Steps in all passes, at least one."""
-        return max(1, round(self.num_epochs * self.steps_per_epoch))
+    def num_batches(self) -> int:
+        """Batches in all, at least one."""
+        if self.fixed_steps is not None:
+            return self.fixed_steps * self.accumulation
+        return max(1, round(self.num_epochs * self.batches_per_epoch))
 
-    def rows(self, step: int) -> Rows:
-        """Rows of a step, counted from 0. ``[B]``."""
-        epoch, place = divmod(step, self.steps_per_epoch)
+    @property
+    def num_steps(self) -> int:
+        """Steps in all, at least one."""
+        return -(-self.num_batches // self.accumulation)
+
+    def batches(self, step: int) -> range:
+        """Batches of a step, counted from 0."""
+        first = step * self.accumulation
+        return range(first, min(first + self.accumulation, self.num_batches))
+
+    def rows(self, batch: int) -> Rows:
+        """Rows of a batch, counted from 0. ``[B]``."""
+        epoch, place = divmod(batch, self.batches_per_epoch)
         if epoch != self._epoch:
             self._batches = list(self._shuffle(np.random.default_rng((self.seed, epoch))))
             self._epoch = epoch

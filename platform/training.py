@@ -1,25 +1,28 @@
 """The training loop: one for all stages, resumable to the bit, on one worker or many.
 
-Everything random in a step derives from (seed, step), so a killed stage continues from its last
+Everything random in a batch derives from (seed, batch), so a killed stage continues from its last
 checkpoint as if nothing had happened. The loop knows nothing of Ray; it is given ``report``.
 """
 
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Final
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from driftline.platform.batching import BatchPlan, Rows
+from driftline.platform.batching import BatchPlan
 from driftline.platform.checkpoints import CheckpointFolder
 from driftline.platform.devices import autocast
 from driftline.platform.errors import ResourceError, TrainingError
+from driftline.platform.models.encoder import checkpoint_activations, take_num_tokens
+from driftline.platform.optimizers import make_optimizer, set_learning_rate
 from driftline.platform.settings import StageSettings
 from driftline.platform.tasks import Task, Workers
 
@@ -29,6 +32,7 @@ Report = Callable[[Mapping[str, float]], None]
 Progress = Callable[[int, int], None]
 
 CHECKPOINT_SECONDS: Final = 60.0
+LOSS_STEPS: Final = 20  # losses are read from the device together, at the latest after so many
 SMALLER_IS_BETTER: Final = ("loss", "soft_loss")
 
 
@@ -37,8 +41,13 @@ class Progression:
     """What is known so far; stands in every checkpoint."""
 
     step: int = 0
+    """Updates done."""
     num_rows: int = 0
+    num_tokens: int = 0
+    """Tokens this worker's encoders were trained on, padding included."""
     seconds: float = 0.0
+    train_seconds: float = 0.0
+    """Without evaluations and checkpoints: what throughput is measured by."""
     core_seconds: float = 0.0
     best: float | None = None
     best_step: int = 0
@@ -63,6 +72,8 @@ class Loop:
     seed: int
     folder: CheckpointFolder
     workers: Workers
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Learning rates of parts of the model by prefix; see ``make_optimizer``."""
     report: Report | None = None
     progress: Progress | None = None
 
@@ -72,33 +83,37 @@ class Loop:
         Raises:
             TrainingError: the loss is no longer a number.
             ResourceError: the workers do not see the same checkpoints.
+            SettingsError: activation checkpointing is asked for, and the model has no encoder.
         """
         device = next(self.model.parameters()).device
         plan = self._plan()
-        optimizer = make_optimizer(self.model, self.stage)
+        if self.stage.activation_checkpointing:
+            checkpoint_activations(self.model)
+        optimizer = make_optimizer(self.model, self.stage, rates=self.rates)
         now = self._restore(optimizer, device)
         forward = self._distribute()
-        every = max(1, round(plan.steps_per_epoch / self.stage.evaluations_per_epoch))
+        every = self._evaluation_interval(plan)
         clock = _Clock(now)
+        meter = _Meter(self, device)
         self._train_mode()
+        meter.start()
         while now.step < plan.num_steps and now.stale_evaluations < self.stage.patience:
-            rows = plan.rows(now.step)
-            now.step += 1
-            if len(rows) >= self.workers.world_size:  # a last batch may be too small to share
-                set_learning_rate(optimizer, self.stage, now.step, plan.num_steps)
-                _seed_step(self.seed, now.step, self.workers.rank)
-                now.train_loss += self._step(forward, optimizer, rows, now.step, device)
-                now.train_steps += 1
-                now.num_rows += len(rows)
+            self._step(forward, optimizer, plan, now, meter)
             if now.step % every == 0 or now.step == plan.num_steps:
+                meter.settle(now)
                 is_best = self._evaluate(now, plan, device)
                 clock.update(now)
                 self._save(now, optimizer, is_best=is_best)
                 clock.saved()
+                meter.start()
             elif clock.seconds_since_saved > CHECKPOINT_SECONDS:
+                meter.settle(now)
                 clock.update(now)
                 self._save(now, optimizer, is_best=False)
                 clock.saved()
+                meter.start()
+            elif meter.is_full:
+                meter.settle(now)
             if self.progress is not None:
                 self.progress(now.step, plan.num_steps)
         self._take_best()
@@ -114,7 +129,18 @@ class Loop:
             first_row=self.task.first_row,
             lengths=self.task.lengths,
             block_rows=self.task.block_rows,
+            accumulation=self.stage.accumulation,
+            fixed_steps=self.stage.num_steps,
         )
+
+    def _evaluation_interval(self, plan: BatchPlan) -> int:
+        """Updates between two evaluations."""
+        stage = self.stage
+        if stage.num_steps is not None:
+            num_evaluations = stage.num_epochs * stage.evaluations_per_epoch
+            return max(1, round(plan.num_steps / num_evaluations))
+        steps_per_epoch = plan.batches_per_epoch / stage.accumulation
+        return max(1, round(steps_per_epoch / stage.evaluations_per_epoch))
 
     def _restore(self, optimizer: torch.optim.Optimizer, device: torch.device) -> Progression:
         latest = self.folder.latest()
@@ -148,25 +174,34 @@ class Loop:
         self,
         forward: nn.Module,
         optimizer: torch.optim.Optimizer,
-        rows: Rows,
-        step: int,
-        device: torch.device,
-    ) -> float:
-        with autocast(device, self.stage.autocast):
-            loss = self.task.loss(forward, rows, step=step, device=device)
-        loss.backward()  # type: ignore[no-untyped-call]
+        plan: BatchPlan,
+        now: Progression,
+        meter: "_Meter",
+    ) -> None:
+        """One update from the batches of a step, weighted by their rows as in one large batch."""
+        batches = [(number, plan.rows(number)) for number in plan.batches(now.step)]
+        # a last batch may be too small to share
+        batches = [(n, rows) for n, rows in batches if len(rows) >= self.workers.world_size]
+        now.step += 1
+        if not batches:
+            return
+        set_learning_rate(optimizer, self.stage, now.step, plan.num_steps)
+        num_rows = sum(len(rows) for _, rows in batches)
+        losses = []
+        for place, (number, rows) in enumerate(batches, start=1):
+            _seed_step(self.seed, number + 1, self.workers.rank)
+            with _gradients_summed(forward, across_workers=place == len(batches)):
+                with autocast(meter.device, self.stage.autocast):
+                    loss = self.task.loss(forward, rows, step=number + 1, device=meter.device)
+                    loss = loss * (len(rows) / num_rows)
+                loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         nn.utils.clip_grad_norm_(trained, self.stage.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the loss became {value} at step {step} of {self.folder.root.name}; look for "
-                "non-finite inputs, or lower the learning rate "
-                f"(now {self.stage.learning_rate:g})"
-            )
-        return value
+        now.num_rows += num_rows
+        meter.add(now.step, losses)
 
     def _evaluate(self, now: Progression, plan: BatchPlan, device: torch.device) -> bool:
         """Measure, remember, report; True when this is the best so far."""
@@ -177,7 +212,7 @@ class Loop:
         train_loss = self.workers.all_sum(np.array([now.train_loss]), device)[0]
         row = {
             "step": float(now.step),
-            "epoch": now.step / plan.steps_per_epoch,
+            "epoch": plan.batches(now.step - 1).stop / plan.batches_per_epoch,
             "train_loss": float(train_loss) / (self.workers.world_size * max(1, now.train_steps)),
             **measures,
         }
@@ -209,32 +244,70 @@ class Loop:
         self.model.eval()
 
 
-def make_optimizer(model: nn.Module, stage: StageSettings) -> torch.optim.AdamW:
-    """Fused AdamW; biases, norms and other vectors do not decay (papers.md S0.9)."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": stage.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=stage.learning_rate, fused=True)
+@contextmanager
+def _gradients_summed(forward: nn.Module, *, across_workers: bool) -> Iterator[None]:
+    """Gradients of a batch that is not the last of its step stay with their worker."""
+    if isinstance(forward, DistributedDataParallel) and not across_workers:
+        with forward.no_sync():
+            yield
+        return
+    yield
 
 
-def learning_rate(stage: StageSettings, step: int, num_steps: int) -> float:
-    """Linear warm-up, then linear decay to 0 just after the last step. Steps count from 1."""
-    warmup = max(1, round(stage.warmup_share * num_steps))
-    rising = step / warmup
-    falling = (num_steps + 1 - step) / (num_steps + 1 - warmup)
-    return stage.learning_rate * min(rising, falling)
+class _Meter:
+    """What training has cost and lost since it was last asked.
 
+    Losses stay on the device until then: to read each would make every step wait (papers.md B20).
+    """
 
-def set_learning_rate(
-    optimizer: torch.optim.Optimizer, stage: StageSettings, step: int, num_steps: int
-) -> None:
-    """Put the rate of a step into the optimiser."""
-    rate = learning_rate(stage, step, num_steps)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    def __init__(self, loop: Loop, device: torch.device) -> None:
+        self.device = device
+        self._loop = loop
+        self._losses: list[tuple[int, Tensor]] = []
+        self.start()
+
+    def start(self) -> None:
+        """Training begins, or goes on after an evaluation or a checkpoint."""
+        self._since = time.perf_counter()
+
+    def add(self, step: int, losses: list[Tensor]) -> None:
+        """Losses of the batches of a step, weighted."""
+        self._losses.append((step, losses[0] if len(losses) == 1 else torch.stack(losses).sum()))
+
+    @property
+    def is_full(self) -> bool:
+        """The same in every worker."""
+        return len(self._losses) >= LOSS_STEPS
+
+    def settle(self, now: Progression) -> None:
+        """Bring the progression up to date.
+
+        Raises:
+            TrainingError: a loss is no number, in whichever worker.
+        """
+        if self._losses:
+            values = torch.stack([loss for _, loss in self._losses]).tolist()
+            self._check(values)
+            for value in values:
+                now.train_loss += value
+            now.train_steps += len(values)
+        self._losses.clear()
+        now.num_tokens += take_num_tokens(self._loop.model)
+        now.train_seconds += time.perf_counter() - self._since
+        self.start()
+
+    def _check(self, values: list[float]) -> None:
+        lost = np.array([float(not math.isfinite(value)) for value in values])
+        lost = self._loop.workers.all_sum(lost, self.device)
+        if lost.any():
+            first = int(np.flatnonzero(lost)[0])
+            mine = values[first]
+            found = "non-finite in another worker" if math.isfinite(mine) else mine
+            raise TrainingError(
+                f"the loss became {found} at step {self._losses[first][0]} of "
+                f"{self._loop.folder.root.name}; look for non-finite inputs, or lower the learning "
+                f"rate (now {self._loop.stage.learning_rate:g})"
+            )
 
 
 class _Clock:

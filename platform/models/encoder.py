@@ -9,8 +9,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, linear, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel
 
+from driftline.platform.errors import SettingsError
 from driftline.platform.models.spec import EncoderSpec
 
 NUM_POSITIONS: Final = 512  # BERT's own; at least the longest sequence
@@ -25,9 +27,16 @@ class TextEncoder(nn.Module):
     local files only); its token table grows by the two role markers.
     """
 
+    whole_last_layer = False
+    """``cls`` computes the last layer at every position, for whoever looks at it by hooks."""
+
     def __init__(self, spec: EncoderSpec, *, pretrained: bool = True) -> None:
         super().__init__()
         self.spec = spec
+        self.num_tokens = 0
+        """Tokens read with a gradient in mind, padding included; see ``take_num_tokens``."""
+        self.forgetful = False
+        """See ``checkpoint_activations``."""
         if spec.architecture is None:
             self.backbone: nn.Module = BertModel(_bert_config(spec), add_pooling_layer=False)
         elif spec.checkpoint is not None and pretrained:
@@ -48,6 +57,7 @@ class TextEncoder(nn.Module):
         Returns:
             ``[B, T, H]``.
         """
+        self._count(tokens_BT)
         states: Tensor = self.backbone(tokens_BT, attention_mask=mask_BT).last_hidden_state
         return states
 
@@ -57,14 +67,42 @@ class TextEncoder(nn.Module):
         A BERT's last layer is computed for that one position, which saves most of its work; the
         result is that of ``forward``.
         """
-        if not isinstance(self.backbone, BertModel):
-            return self(tokens_BT, mask_BT)[:, 0]
+        if self.whole_last_layer or not isinstance(self.backbone, BertModel):
+            whole_BTH: Tensor = self(tokens_BT, mask_BT)
+            return whole_BTH[:, 0]
+        self._count(tokens_BT)
         *layers, last = self.backbone.encoder.layer
         states_BTH = self.backbone.embeddings(input_ids=tokens_BT)
         visible_B11T = mask_BT[:, None, None, :]
         for layer in layers:
             states_BTH = layer(states_BTH, attention_mask=visible_B11T)
+        if self.forgetful and self.training:
+            vectors_BH: Tensor = checkpoint(
+                _first_position, last, states_BTH, visible_B11T, use_reentrant=False
+            )
+            return vectors_BH
         return _first_position(last, states_BTH, visible_B11T)
+
+    def checkpoint_activations(self) -> None:
+        """Keep only the input of each layer while training, and compute the rest again.
+
+        Uses the layers' own support for it, which runs ``torch.utils.checkpoint``, non-reentrant.
+
+        Raises:
+            SettingsError: the checkpoint's architecture does not support it.
+        """
+        backbone: Any = self.backbone
+        if not backbone.supports_gradient_checkpointing:
+            raise SettingsError(
+                f"activation_checkpointing is not supported by {type(backbone).__name__}; "
+                "turn it off"
+            )
+        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        self.forgetful = True
+
+    def _count(self, tokens_BT: Tensor) -> None:
+        if torch.is_grad_enabled():
+            self.num_tokens += tokens_BT.numel()
 
     @property
     def token_table(self) -> Tensor:
@@ -116,6 +154,36 @@ class MaskedLanguageModel(nn.Module):
             scores_KV = self.predictor(states_KH, encoder.token_table)
             losses.append(cross_entropy(scores_KV.float(), target_K, reduction="none"))
         return torch.cat(losses)
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Turn on activation checkpointing in all encoders of a model.
+
+    Raises:
+        SettingsError: there is no encoder, or its architecture does not support it.
+    """
+    encoders = text_encoders(model)
+    if not encoders:
+        raise SettingsError(
+            f"activation_checkpointing needs an encoder, {type(model).__name__} has none; "
+            "turn it off for this stage"
+        )
+    for encoder in encoders:
+        encoder.checkpoint_activations()
+
+
+def take_num_tokens(model: nn.Module) -> int:
+    """Tokens that a model's encoders were trained on since the last call."""
+    encoders = text_encoders(model)
+    total = sum(encoder.num_tokens for encoder in encoders)
+    for encoder in encoders:
+        encoder.num_tokens = 0
+    return total
+
+
+def text_encoders(model: nn.Module) -> list[TextEncoder]:
+    """All encoders of a model, each once."""
+    return [module for module in model.modules() if isinstance(module, TextEncoder)]
 
 
 def _bert_config(spec: EncoderSpec) -> BertConfig:

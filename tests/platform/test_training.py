@@ -39,10 +39,10 @@ from driftline.platform.inference import encode_texts, load_model, predict_logit
 from driftline.platform.inputs import open_inputs
 from driftline.platform.masked_language import MlmTask
 from driftline.platform.models.build import build_model
+from driftline.platform.optimizers import learning_rate
 from driftline.platform.settings import ObjectiveSettings, StageSettings
 from driftline.platform.stages import StageJob, StageResult, run_stage
 from driftline.platform.tasks import Workers
-from driftline.platform.training import learning_rate
 
 CPU = torch.device("cpu")
 
@@ -64,7 +64,7 @@ def test_an_epoch_holds_every_row_once(
     lengths = np.random.default_rng(seed).integers(0, 50, first_row + num_rows) if ragged else None
     plan = BatchPlan(num_rows, batch_size, 2, seed, first_row, lengths, block_rows)
     for epoch in range(2):
-        steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+        steps = range(epoch * plan.batches_per_epoch, (epoch + 1) * plan.batches_per_epoch)
         rows = np.concatenate([plan.rows(step) for step in steps])
         assert sorted(rows) == list(range(first_row, first_row + num_rows))
 
@@ -74,7 +74,7 @@ def test_any_step_can_be_asked_for_in_any_order() -> None:
     wanted = [forward.rows(step).tolist() for step in range(forward.num_steps)]
     found = [backward.rows(step).tolist() for step in reversed(range(forward.num_steps))]
     assert found[::-1] == wanted
-    assert wanted[0] != wanted[forward.steps_per_epoch]
+    assert wanted[0] != wanted[forward.batches_per_epoch]
 
 
 def test_neighbours_share_a_batch_where_that_saves_encoding() -> None:
