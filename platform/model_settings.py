@@ -24,20 +24,29 @@ class ConfigEncoder(Settings):
     kind: Literal["config"] = "config"
     num_layers: PositiveInt = 2
     hidden_size: PositiveInt = 128
+    heads: PositiveInt | None = None
+    """Attention heads; one for each 64 units when not given. Narrow students of paper 004 have
+    other ones (papers.md A4.8)."""
     max_tokens: PositiveInt = 64
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
-        if self.hidden_size > 64 and self.hidden_size % 64:
+        if self.heads is not None:
+            if self.hidden_size % self.heads:
+                raise ValueError(
+                    f"heads must divide hidden_size {self.hidden_size}, got {self.heads}"
+                )
+        elif self.hidden_size > 64 and self.hidden_size % 64:
             raise ValueError(
-                f"hidden_size must be below 64 or a multiple of 64, got {self.hidden_size}"
+                f"hidden_size must be below 64 or a multiple of 64, got {self.hidden_size}; "
+                "for another width say how many heads it has"
             )
         return self
 
     @property
     def num_heads(self) -> int:
-        """Attention heads, one for each 64 units."""
-        return max(1, self.hidden_size // 64)
+        """Attention heads, as given or one for each 64 units."""
+        return self.heads or max(1, self.hidden_size // 64)
 
 
 class CheckpointEncoder(Settings):
@@ -112,8 +121,20 @@ class StudentSettings(Settings):
     """Twin arms and a head; the part that is kept fresh (papers.md S0.10-S0.14)."""
 
     encoder: Encoder = ConfigEncoder(max_tokens=32)
+    vocabulary_size: Annotated[int, Field(ge=300)] | None = None
+    """Pieces of a small vocabulary of the student's own (papers.md S4.1), learned from the same
+    corpus; the teacher's tokeniser when not given."""
     tie_arms: bool = True
     """One backbone for both roles, told apart by a role marker (papers.md S0.14)."""
     head: HeadSettings = HeadSettings()
     arms_refresh: ArmsRefreshSettings = ArmsRefreshSettings()
     head_refresh: HeadRefreshSettings = HeadRefreshSettings()
+
+    @model_validator(mode="after")
+    def _one_vocabulary(self) -> Self:
+        if self.vocabulary_size is not None and isinstance(self.encoder, CheckpointEncoder):
+            raise ValueError(
+                f"vocabulary_size {self.vocabulary_size} is for an encoder of kind 'config'; the "
+                f"checkpoint {self.encoder.path} brings its own tokeniser; leave one of them out"
+            )
+        return self

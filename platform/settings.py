@@ -148,6 +148,17 @@ class DriftlineSettings(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _student_has_the_smaller_vocabulary(self) -> Self:
+        small, large = self.student.vocabulary_size, self.tokenizer.vocabulary_size
+        own = isinstance(self.teacher.encoder, CheckpointEncoder)
+        if small is not None and not own and small >= large:
+            raise ValueError(
+                f"student.vocabulary_size must be below tokenizer.vocabulary_size {large}, "
+                f"got {small}; leave it out to share the teacher's tokeniser"
+            )
+        return self
+
     def select(self, *, kind: str | None = None, entity: str | None = None) -> tuple[Feature, ...]:
         """The declared features of a kind and an entity, in declared order."""
         return tuple(

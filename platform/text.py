@@ -195,6 +195,14 @@ class Tokenizer:
             at += len(row)
         return joined
 
+    @property
+    def pieces(self) -> tuple[str, ...]:
+        """What each id stands for, as the tokeniser writes it; nothing for ids it does not use."""
+        if self._fast is None:
+            return tuple(self._pieces.id_to_piece(list(range(self.vocabulary_size))))
+        by_id = {number: piece for piece, number in self._fast.get_vocab().items()}
+        return tuple(by_id.get(number, "") for number in range(self.vocabulary_size))
+
     def save(self, destination: Path) -> None:
         """Write one self-contained file that ``Tokenizer`` opens again."""
         if self._fast is None:
