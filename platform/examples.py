@@ -19,6 +19,7 @@ from driftline.platform.artefacts import whole_file
 from driftline.platform.errors import ContractError
 
 Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
 TOKENS = pa.large_list(pa.int32())
 
@@ -67,6 +68,8 @@ class PairRows:
     page_id_hash: Int32 | None = None
     """Bucket of the page product for the baseline, -1 for unknown."""
     ad_id_hash: Int32 | None = None
+    teacher_rows: Int64 | None = None
+    """Row of the teacher's features, -1 for none; see ``TeacherFeatures``. ``[N]``."""
 
     def __len__(self) -> int:
         return len(self.clicked)
@@ -79,6 +82,8 @@ class TokenRows:
     tokens: Ragged
     clicked: Float32 | None = None
     teacher_logits: Float32 | None = None
+    teacher_rows: Int64 | None = None
+    """Row of the teacher's features, -1 for none. ``[N]``."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -124,6 +129,8 @@ def write_pairs(destination: Path, rows: PairRows) -> None:
     for name, values in (("page_id_hash", rows.page_id_hash), ("ad_id_hash", rows.ad_id_hash)):
         if values is not None:
             columns[name] = pa.array(values, pa.int32())
+    if rows.teacher_rows is not None:
+        columns["teacher_rows"] = pa.array(rows.teacher_rows, pa.int64())
     _write(destination, columns)
 
 
@@ -134,6 +141,8 @@ def write_tokens(destination: Path, rows: TokenRows) -> None:
         columns["clicked"] = pa.array(rows.clicked, pa.float32())
     if rows.teacher_logits is not None:
         columns["teacher_logits"] = _fixed(rows.teacher_logits, pa.float32())
+    if rows.teacher_rows is not None:
+        columns["teacher_rows"] = pa.array(rows.teacher_rows, pa.int64())
     _write(destination, columns)
 
 
@@ -181,6 +190,7 @@ def open_pairs(path: Path) -> PairRows:
         else None,
         page_id_hash=file.flat("page_id_hash", pa.int32()) if "page_id_hash" in file else None,
         ad_id_hash=file.flat("ad_id_hash", pa.int32()) if "ad_id_hash" in file else None,
+        teacher_rows=file.flat("teacher_rows", pa.int64()) if "teacher_rows" in file else None,
     )
 
 
@@ -197,6 +207,7 @@ def open_tokens(path: Path) -> TokenRows:
         teacher_logits=file.fixed("teacher_logits", pa.float32())
         if "teacher_logits" in file
         else None,
+        teacher_rows=file.flat("teacher_rows", pa.int64()) if "teacher_rows" in file else None,
     )
 
 
