@@ -4,7 +4,7 @@ This module is read with the settings and loads no torch; the weights are cut in
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -12,6 +12,8 @@ from driftline.platform.kinds import Kind
 
 if TYPE_CHECKING:
     from driftline.platform.models.spec import ModelSpec, TeacherSpec
+    from driftline.platform.stages import StageResult
+    from driftline.platform.text import Tokenizer
 
 
 class Nursery(Protocol):
@@ -40,6 +42,28 @@ class Nursery(Protocol):
 
     def make(self, name: str, write: Callable[[Path], None], *, key: object) -> Path:
         """A file that ``write`` writes, unless it was written before under the same key."""
+
+    def train(self, name: str, run: "Callable[[Path, Path], StageResult]", *, key: object) -> Path:
+        """Weights that a stage of the initialiser's own trains, unless trained before.
+
+        ``run(output, checkpoints)`` trains into a file, resuming from a folder: both are the same
+        in every call under the same key, so that a killed stage goes on. Its cost is counted.
+        """
+
+    @property
+    def texts(self) -> "Sequence[str]":
+        """All product texts as strings, as the arms read them; see ``text.serialise_table``."""
+
+    @property
+    def tokenizers(self) -> "tuple[Tokenizer, Tokenizer]":
+        """The teacher's and the student's; twice the same where they share one vocabulary."""
+
+    @property
+    def masked_teacher(self) -> Path | None:
+        """``encoder.*`` of the teacher after masked-language training, before it saw a click.
+
+        None where the teacher had no such stage.
+        """
 
 
 class Initialiser(Kind):

@@ -4,6 +4,7 @@ Serialised text is ``name: value [SEP] name: value``. A ``[SEP]`` between fields
 separator's token; nothing inside a value can become a special token.
 """
 
+import hashlib
 import io
 import json
 import re
@@ -205,17 +206,22 @@ class Tokenizer:
 
     def save(self, destination: Path) -> None:
         """Write one self-contained file that ``Tokenizer`` opens again."""
-        if self._fast is None:
-            content = self.path.read_bytes()
-        else:
-            content = json.dumps(
-                {
-                    "specials": self.specials.model_dump(),
-                    "tokenizer": json.loads(self._fast.to_str()),
-                }
-            ).encode()
         with whole_file(destination) as scratch:
-            scratch.write_bytes(content)
+            scratch.write_bytes(self._content())
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of what ``save`` writes, in hex."""
+        return hashlib.sha256(self._content()).hexdigest()
+
+    def _content(self) -> bytes:
+        if self._fast is None:
+            return self.path.read_bytes()
+        saved = {
+            "specials": self.specials.model_dump(),
+            "tokenizer": json.loads(self._fast.to_str()),
+        }
+        return json.dumps(saved).encode()
 
     def _encode_pieces(self, fields: list[str]) -> list[list[int]]:
         return list(self._pieces.encode(fields, out_type=int)) if fields else []
