@@ -132,6 +132,20 @@ class StageResult:
     """Processor time of all workers and their threads."""
     history: tuple[dict[str, float], ...]
     """One entry an evaluation: step, epoch, train_loss and the validation measures."""
+    num_tokens: int = 0
+    """Tokens that the encoders of all workers were trained on, padding included."""
+    train_seconds: float = 0.0
+    """Of one worker, without evaluations and checkpoints."""
+
+    @property
+    def rows_per_second(self) -> float:
+        """Throughput of training, all workers together."""
+        return self.num_rows / self.train_seconds if self.train_seconds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Throughput of training, all workers together; 0 for a model without an encoder."""
+        return self.num_tokens / self.train_seconds if self.train_seconds else 0.0
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "StageResult":
@@ -180,8 +194,9 @@ def run_stage(
             progress=progress if rank == 0 else None,
         )
         now = loop.run()
-    core_seconds = workers.all_sum(np.array([now.core_seconds]), device)
-    result = _to_result(job, loop.task, now, core_seconds=float(core_seconds[0]))
+    spent = workers.all_sum(np.array([now.core_seconds, float(now.num_tokens)]), device)
+    now.num_tokens = int(spent[1])
+    result = _to_result(job, loop.task, now, core_seconds=float(spent[0]))
     if rank == 0:
         _write(job, model, result, identity)
     workers.all_sum(np.zeros(1), device)  # nobody returns before the result is on disk
@@ -234,13 +249,17 @@ def _to_result(job: StageJob, task: Task, now: Progression, *, core_seconds: flo
         seconds=now.seconds,
         core_seconds=core_seconds,
         history=tuple(now.history),
+        num_tokens=now.num_tokens,
+        train_seconds=now.train_seconds,
     )
     logger.info(
-        "stage %s: %d steps, %d rows, %.1f s, best %s %s at step %d",
+        "stage %s: %d steps, %d rows, %.1f s, %.0f rows/s, %.0f tokens/s, best %s %s at step %d",
         job.name,
         result.num_steps,
         result.num_rows,
         result.seconds,
+        result.rows_per_second,
+        result.tokens_per_second,
         result.metric,
         "-" if result.best is None else f"{result.best:.5f}",
         result.best_step,

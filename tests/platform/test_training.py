@@ -19,7 +19,7 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
 
 from driftline.platform.batching import BatchPlan, by_length, frame_tokens, length_groups
-from driftline.platform.checkpoints import extract_weights, save_weights
+from driftline.platform.checkpoints import CheckpointFolder, extract_weights, save_weights
 from driftline.platform.errors import (
     BundleError,
     ContractError,
@@ -43,6 +43,7 @@ from driftline.platform.optimizers import learning_rate
 from driftline.platform.settings import ObjectiveSettings, StageSettings
 from driftline.platform.stages import StageJob, StageResult, run_stage
 from driftline.platform.tasks import Workers
+from driftline.platform.training import Loop
 
 CPU = torch.device("cpu")
 
@@ -479,7 +480,8 @@ def test_only_the_newest_rows_are_used_when_their_number_is_limited(
     tiny_market: Any, tmp_path: Path
 ) -> None:
     rows = open_pairs(tiny_market.file("train.arrow"))
-    newest = replace(rows, **{name: part[-128:] for name, part in vars(rows).items()})
+    present = {name: part for name, part in vars(rows).items() if part is not None}
+    newest = replace(rows, **{name: part[-128:] for name, part in present.items()})
     write_pairs(tmp_path / "newest.arrow", newest)
     limited = StageSettings(batch_size=64, max_rows=128)
     run_stage(tiny_market.job("head", tmp_path / "limited", stage=limited))
@@ -521,6 +523,147 @@ def test_learning_rate_rises_then_falls_to_nearly_nothing() -> None:
     assert rates[:2] == [0.5, 1.0]
     assert rates[1:] == sorted(rates[1:], reverse=True)
     assert 0 < rates[-1] < 0.2
+
+
+# --- steps of several batches, stages of a fixed length -------------------------------------
+
+
+def still(spec: Any) -> Any:
+    """The same model without chance in a step."""
+    if hasattr(spec, "encoder"):
+        spec = spec.model_copy(update={"encoder": spec.encoder.model_copy(update={"dropout": 0.0})})
+    if hasattr(spec, "head"):
+        head = spec.head.model_copy(update={"dropout": 0.0, "unknown_share": 0.0})
+        spec = spec.model_copy(update={"head": head})
+    return spec
+
+
+@given(
+    num_rows=st.integers(1, 60),
+    batch_size=st.integers(1, 20),
+    accumulation=st.integers(1, 7),
+    num_epochs=st.sampled_from([0.5, 1, 2.5]),
+    fixed_steps=st.sampled_from([None, 1, 9]),
+)
+def test_steps_share_out_all_batches_and_none_is_lost_at_the_end_of_a_pass(
+    num_rows: int, batch_size: int, accumulation: int, num_epochs: float, fixed_steps: int | None
+) -> None:
+    plan = BatchPlan(
+        num_rows,
+        batch_size,
+        num_epochs,
+        seed=1,
+        accumulation=accumulation,
+        fixed_steps=fixed_steps,
+    )
+    steps = [list(plan.batches(step)) for step in range(plan.num_steps)]
+    assert [batch for step in steps for batch in step] == list(range(plan.num_batches))
+    assert all(len(step) == accumulation for step in steps[:-1])
+    if fixed_steps is not None:
+        assert plan.num_steps == fixed_steps
+        assert len(steps[-1]) == accumulation
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(16, 4), (64, 1), (128, 3)])
+def test_accumulated_batches_train_like_one_large_batch(
+    tiny_market: Any, tmp_path: Path, batch_size: int, accumulation: int
+) -> None:
+    # 640 rows in batches of 128, three a step: a step spans the end of a pass.
+    def train(name: str, **changes: Any) -> StageResult:
+        stage = StageSettings(learning_rate=1e-2, num_epochs=3, patience=99, **changes)
+        job = tiny_market.job("head", tmp_path / name, model=still(tiny_market.head), stage=stage)
+        return run_stage(job)
+
+    parts = train("parts", batch_size=batch_size, accumulation=accumulation)
+    assert parts.num_rows == 3 * 640
+    assert parts.num_steps == math.ceil(3 * 640 / (batch_size * accumulation))
+    if 640 % (batch_size * accumulation) == 0:
+        train("whole", batch_size=batch_size * accumulation)
+        found, expected = (load_file(tmp_path / n / "head.safetensors") for n in ("parts", "whole"))
+        for name, value in expected.items():
+            assert torch.allclose(found[name], value, atol=1e-4), name  # float32, another order
+
+
+def test_more_batches_a_step_than_in_a_pass_still_train(tiny_market: Any, tmp_path: Path) -> None:
+    stage = StageSettings(batch_size=320, accumulation=40, num_epochs=1, learning_rate=0.1)
+    job = tiny_market.job("head", tmp_path, stage=stage)
+    torch.manual_seed(job.seed)
+    before = build_model(tiny_market.head).state_dict()
+    result = run_stage(job)
+    assert (result.num_steps, result.num_rows) == (1, 640)
+    after = load_file(job.output)
+    assert not torch.equal(after["head.layers.0.weight"], before["head.layers.0.weight"])
+
+
+def test_a_stage_of_a_fixed_length_passes_over_few_rows_more_often(
+    tiny_market: Any, tmp_path: Path
+) -> None:
+    results = {}
+    for max_rows in (640, 64):
+        stage = StageSettings(batch_size=32, num_steps=30, max_rows=max_rows, patience=99)
+        results[max_rows] = run_stage(
+            tiny_market.job("head", tmp_path / str(max_rows), stage=stage)
+        )
+    for max_rows, result in results.items():
+        assert (result.num_steps, result.num_rows) == (30, 30 * 32)
+        assert [row["step"] for row in result.history] == [15, 30]
+        assert result.history[-1]["epoch"] == 30 * 32 / max_rows
+
+
+@pytest.mark.parametrize("changes", [{"optimizer": "lamb"}, {"accumulation": 3}])
+def test_an_interrupted_stage_of_any_recipe_continues_to_the_same_weights(
+    tiny_market: Any, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    stage = StageSettings(batch_size=32, num_epochs=2, evaluations_per_epoch=4, **changes)
+    whole = run_stage(tiny_market.job("twin", tmp_path / "whole", stage=stage))
+    job = tiny_market.job("twin", tmp_path / "cut", stage=stage)
+
+    def kill(done: int, _total: int) -> None:
+        if done == 7:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        run_stage(job, progress=kill)
+    resumed = run_stage(job)
+    assert same_weights(tmp_path / "whole/twin.safetensors", tmp_path / "cut/twin.safetensors")
+    assert resumed.history == whole.history
+    assert resumed.num_tokens == whole.num_tokens > 0
+
+
+def test_gradients_of_all_parts_are_clipped_together(tiny_market: Any, tmp_path: Path) -> None:
+    # A huge gradient of the projections must shrink the student's share, not only their own; the
+    # first moments after one update are a tenth of what was left after clipping.
+    class TwoNumbers:
+        first_row, num_rows, block_rows = 0, 1, 1
+        lengths: Any = None
+        stop_on: Any = "loss"
+
+        def loss(self, model: Any, rows: Any, *, step: int, device: Any) -> Any:
+            return 3e5 * model["projections"].weight.sum() + 4.0 * model["head"].weight.sum()
+
+        def evaluate(self, model: Any, *, device: Any) -> dict[str, float]:
+            return {}
+
+    norms: list[float] = []
+    parts = {name: torch.nn.Linear(1, 1, bias=False) for name in ("projections", "head")}
+    model = torch.nn.ModuleDict(parts)
+    for part in parts.values():
+        weight: Any = part.weight
+        weight.register_hook(lambda gradient: norms.append(float(gradient.norm())))
+    loop = Loop(
+        model=model,
+        task=TwoNumbers(),
+        stage=StageSettings(optimizer="lamb", clip_norm=1.0, betas=(0.9, 0.999)),
+        seed=1,
+        folder=CheckpointFolder(tmp_path, "job"),
+        workers=Workers(),
+        rates={"projections.": 0.5},
+    )
+    loop.run()
+    assert sorted(norms) == [4.0, 3e5]
+    saved = load_file(tmp_path / "step-000000001" / "optimizer.safetensors")
+    moments = sorted(float(v.abs()) / 0.1 for n, v in saved.items() if n.endswith("exp_avg"))
+    assert moments == pytest.approx([4 / 3e5, 1.0], rel=1e-4)
 
 
 # --- masked language ----------------------------------------------------------------------
