@@ -195,7 +195,8 @@ class ArmsTraining:
         rows = split_rows(self.settings, self.recent_frame, max_rows=stage.max_rows)
         rows = replace(rows, validation=self.recent.validation)
         objective = self.settings.student.head_refresh.objective
-        soft = soft_labels(self.settings, rows.train, self.store) if objective.alpha else None
+        taught = objective.needs_teacher
+        soft = soft_labels(self.settings, rows.train, self.store) if taught else None
         return self._stage(
             "head",
             stage,

@@ -170,7 +170,7 @@ def _train(
     cache = VectorCache.load(vectors)
     spec = HeadOnlySpec.model_validate(champion.student["head"])
     store = SoftLabels.open(settings)
-    teacher = soft_labels(settings, rows.train, store) if refresh.objective.alpha > 0 else None
+    teacher = soft_labels(settings, rows.train, store) if refresh.objective.needs_teacher else None
     validation = write_pair_examples(
         scratch / "validation.arrow", rows.validation, tabular=tabular, text_ids=cache.text_id
     )

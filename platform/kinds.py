@@ -36,6 +36,17 @@ class Kind(Settings):
         )
 
     @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Refuse a second kind of the same name; reading a module again is not one."""
+        for name in _names(cls):
+            for other in _below(_base(cls)):
+                if name in _names(other) and _full_name(other) != _full_name(cls):
+                    raise ValueError(
+                        f"kind {name!r} of {_base(cls).__name__} is taken by {_full_name(other)}; "
+                        f"give {_full_name(cls)} another name"
+                    )
+
+    @classmethod
     def parse(cls, raw: Any) -> Self:
         """Read one of this base's kinds: an instance, ``{"kind": name, ...}`` or the bare name.
 
@@ -47,24 +58,43 @@ class Kind(Settings):
         values = {"kind": raw} if isinstance(raw, str) else raw
         if not isinstance(values, Mapping) or not isinstance(values.get("kind"), str):
             raise ValueError(
-                f"needs kind: one of {sorted(cls.known())}, or of an installed package"
+                f"needs kind: one of {', '.join(sorted(cls.known()))}, or of an installed package"
             )
         name = values["kind"]
         found = cls.known().get(name) or cls.known(installed=True).get(name)
         if found is None:
             raise ValueError(
-                f"kind must be one of {sorted(cls.known())}; to bring your own, install a "
-                f"package with an entry point in {GROUP!r}"
+                f"kind must be one of {', '.join(sorted(cls.known()))}; to bring your own, install "
+                f"a package with an entry point in the group {GROUP!r}"
             )
         return found.model_validate(dict(values))
 
     @classmethod
     def known(cls, *, installed: bool = False) -> dict[str, type[Self]]:
-        """All kinds of this base by name; ``installed`` imports the modules of other packages."""
+        """All kinds of this base by name; ``installed`` imports the modules of other packages.
+
+        Raises:
+            ValueError: such a module cannot be imported.
+        """
         if installed:
             for entry in entry_points(group=GROUP):
-                entry.load()
+                try:
+                    entry.load()
+                except (ImportError, AttributeError, ValueError) as error:
+                    raise ValueError(
+                        f"entry point {entry.name!r} = {entry.value!r} of {GROUP!r} cannot be "
+                        f"imported: {error}"
+                    ) from error
         return {name: kind for kind in _below(cls) for name in _names(kind)}
+
+
+def _base(kind: type[Kind]) -> type[Any]:
+    """The base below the root that a kind derives from."""
+    return next(c for c in kind.__mro__ if c.__base__ is Kind)
+
+
+def _full_name(kind: type[Any]) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _below(base: type[Any]) -> list[type[Any]]:
