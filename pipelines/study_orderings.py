@@ -18,7 +18,7 @@ from driftline.platform.bootstrap import Interval
 from driftline.platform.metrics import FloatArray
 from driftline.platform.study_claims import StudyOrdering
 from driftline.platform.study_contrasts import Contrast
-from driftline.platform.study_measures import MEASURES
+from driftline.platform.study_measures import MEASURES, Measure
 from driftline.platform.study_settings import StudySettings
 
 Outcome = Literal["held", "not shown", "reversed", "not measured"]
@@ -53,7 +53,7 @@ class Verdict:
 
     claim: str
     source: str
-    measure: str
+    measure: Measure
     outcome: Outcome
     steps: tuple[Step, ...]
 
@@ -67,7 +67,7 @@ class Verdict:
         return {
             "claim": self.claim,
             "source": self.source,
-            "measure": self.measure,
+            "measure": self.measure.label,
             "outcome": self.outcome,
             "agrees_in_mean": self.agrees_in_mean,
             "steps": [step.to_json() for step in self.steps],
@@ -97,7 +97,7 @@ def _judge(
     return Verdict(
         claim=ordering.claim + label,
         source=ordering.source,
-        measure=MEASURES[ordering.measure].label,
+        measure=MEASURES[ordering.measure],
         outcome=_together(steps),
         steps=steps,
     )

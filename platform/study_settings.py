@@ -29,7 +29,7 @@ from driftline.platform.study_measures import MEASURES
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]
 ValueName = Annotated[str, Field(pattern=r"^[a-z0-9_]+$", max_length=40)]
 Overrides = dict[str, Any]
-Form = Literal["twin", "text_only", "single", "mlp", "teacher", "encoder"]
+Form = Literal["twin", "twin_text", "single", "mlp", "teacher", "encoder"]
 
 
 class StudyVariant(Settings):
@@ -38,7 +38,7 @@ class StudyVariant(Settings):
     label: str | None = None
     """What the table calls it; its name when not given."""
     form: Form = "twin"
-    """``twin``: the student. ``text_only``: the same without tabular features. ``single``: one
+    """``twin``: the student. ``twin_text``: the same without tabular features. ``single``: one
     tower over all features as text (papers.md S0.30). ``mlp``, ``teacher``: the reference rows of
     Table 3. ``encoder``: nothing is trained, only sizes and the time to encode are measured."""
     strategy: str | int | None = None
