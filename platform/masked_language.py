@@ -3,6 +3,7 @@
 Shape suffixes: B rows of a step, K masked positions, T tokens.
 """
 
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -24,6 +25,15 @@ MASK_SHARE: Final = 0.15
 MASK_TOKEN_SHARE, RANDOM_TOKEN_SHARE = 0.8, 0.1
 MAX_EVALUATION_TEXTS: Final = 25_000
 EVALUATION_STEP: Final = 2**40  # random stream of evaluations, apart from that of training steps
+
+
+@dataclass(frozen=True)
+class DrawnTexts:
+    """One part of a step: this worker's share of the texts of one role."""
+
+    texts: MaskedTexts
+    counted: bool
+    """False for a text that only stands in for none, so that every weight has a gradient."""
 
 
 class MlmTask:
@@ -63,8 +73,8 @@ class MlmTask:
 
     def loss(self, model: nn.Module, rows: Rows, *, step: int, device: torch.device) -> Tensor:
         """See ``Task``."""
-        parts, num_masked = self._parts(self.train, rows, step=step)
-        losses_K: Tensor = model(to_device(parts, device))
+        drawn, num_masked, _ = self.draw(self.train, rows, step=step)
+        losses_K: Tensor = model(to_device([part.texts for part in drawn], device))
         return losses_K.sum() * (self.workers.world_size / max(1, num_masked))
 
     def evaluate(self, model: nn.Module, *, device: torch.device) -> dict[str, float]:
@@ -76,16 +86,24 @@ class MlmTask:
         batches = by_length(lengths, max_tokens=INFERENCE_TOKENS, width=3)
         for number, places in enumerate(batches):
             rows = self.evaluated[places]
-            parts, _ = self._parts(self.validation, rows, step=EVALUATION_STEP + number)
-            losses_K = model(to_device(parts, device))
+            drawn, *_ = self.draw(self.validation, rows, step=EVALUATION_STEP + number)
+            losses_K = model(to_device([part.texts for part in drawn], device))
             total += (float(losses_K.sum()), len(losses_K))
         total = self.workers.all_sum(total, device)
         return {"loss": float(total[0] / max(1.0, total[1]))}
 
-    def _parts(self, source: TokenRows, rows: Rows, *, step: int) -> tuple[list[MaskedTexts], int]:
+    def draw(
+        self, source: TokenRows, rows: Rows, *, step: int
+    ) -> tuple[list[DrawnTexts], int, int]:
+        """Roles and masks of a step, from the seed.
+
+        Returns:
+            This worker's share of each role's texts; masked positions and tokens of the whole
+            step, the same in every worker.
+        """
         random = np.random.default_rng((self.seed, step))
         role_B = random.integers(len(self.roles), size=len(rows))
-        parts, num_masked = [], 0
+        parts, num_masked, num_tokens = [], 0, 0
         for number, role in enumerate(self.roles):
             chosen = rows[role_B == number]
             tokens_BT, mask_BT = frame_texts(
@@ -93,13 +111,15 @@ class MlmTask:
             )
             masked_BT, picked_BT = self._mask(tokens_BT.numpy(), random)
             num_masked += int(picked_BT.sum())
-            own = slice(self.workers.rank, None, self.workers.world_size)
+            num_tokens += int(mask_BT.sum()) if len(chosen) else 0
+            own, counted = slice(self.workers.rank, None, self.workers.world_size), len(chosen) > 0
             if len(picked_BT) <= self.workers.rank:  # fewer texts than workers: one, unmasked
-                own, picked_BT = slice(0, 1), np.zeros_like(picked_BT)
+                own, picked_BT, counted = slice(0, 1), np.zeros_like(picked_BT), False
             place_K = torch.from_numpy(np.flatnonzero(picked_BT[own]))
             target_K = tokens_BT[own].flatten()[place_K]
-            parts.append((torch.from_numpy(masked_BT[own]), mask_BT[own], place_K, target_K))
-        return parts, num_masked
+            masked = torch.from_numpy(masked_BT[own])
+            parts.append(DrawnTexts((masked, mask_BT[own], place_K, target_K), counted))
+        return parts, num_masked, num_tokens
 
     def _mask(
         self, tokens_BT: NDArray[np.int64], random: np.random.Generator

@@ -4,14 +4,18 @@ Nothing is asked of the model but its modules: a list of layers of one class, ca
 ``layers`` (BERT, RoBERTa, ELECTRA, DistilBERT, ModernBERT, ``nn.TransformerEncoder``, ours).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Final
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from driftline.platform.distillation.match_points import ModelShape
+from driftline.platform.models.encoder import text_encoders
 from driftline.platform.models.student import TwinStudent
 
 LIST_NAMES: Final = ("layer", "layers")
@@ -71,6 +75,56 @@ def anatomy_of(model: nn.Module) -> Anatomy:
     )
 
 
+def shape_of(
+    model: nn.Module,
+    *,
+    tokens: str | None = None,
+    run: Callable[[], object] | None = None,
+) -> ModelShape:
+    """What matches must know of a model; see ``ModelShape``.
+
+    Args:
+        model: Any module. One without a list of layers has 0, and only its modules can be matched.
+        tokens: How rows become tokens, where two models may differ in it.
+        run: Runs the model once, on any input, in evaluation mode and without gradient: the widths
+            of all modules are then seen. Without, those of linear layers, norms and tables.
+    """
+    model = inner_model(model)
+    widths = _static_widths(model) if run is None else _seen_widths(model, run)
+    try:
+        anatomy = anatomy_of(model)
+    except ValueError:
+        return ModelShape(num_layers=0, width=0, tokens=tokens, modules=widths)
+    width = anatomy.hidden_size or 0
+    heads = anatomy.num_heads or 0
+    if isinstance(model, TwinStudent):  # a row's vectors of both texts; attention is not of rows
+        widths = {name: size for name, size in widths.items() if name.split(".")[0] != "arms"}
+        widths |= {"arms": 2 * width, "arms.page": width, "arms.ad": width}
+        heads = 0
+    return ModelShape(
+        num_layers=anatomy.num_layers,
+        width=width,
+        cls_width=2 * width if isinstance(model, TwinStudent) else None,
+        num_heads=heads,
+        tokens=tokens,
+        modules=widths,
+    )
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradient; afterwards every module is as it was."""
+    modes = [(part, part.training) for model in models for part in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for part, was_training in modes:
+            part.training = was_training
+
+
 def find_module(model: nn.Module, path: str) -> nn.Module:
     """A part of a model.
 
@@ -97,6 +151,56 @@ def names_of(model: nn.Module) -> str:
     )
     more = f" and {len(names) - MAX_NAMES} deeper ones" if len(names) > MAX_NAMES else ""
     return f"{', '.join(names[:MAX_NAMES])}{more}"
+
+
+def _static_widths(model: nn.Module) -> dict[str, int]:
+    found = {name: _width(part) for name, part in model.named_modules() if name}
+    return {name: width for name, width in found.items() if width is not None}
+
+
+def _width(part: nn.Module) -> int | None:
+    """Last dimension of what a module gives, where its own sizes tell."""
+    match part:
+        case nn.Linear():
+            return part.out_features
+        case nn.Embedding() | nn.EmbeddingBag():
+            return part.embedding_dim
+        case nn.LayerNorm():
+            return int(part.normalized_shape[-1])
+        case nn.Sequential():
+            widths = (_width(child) for child in reversed(list(part)))
+            return next((width for width in widths if width is not None), None)
+        case _:
+            return None
+
+
+def _seen_widths(model: nn.Module, run: Callable[[], object]) -> dict[str, int]:
+    found: dict[str, int] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def see(_: nn.Module, __: Any, output: Any) -> None:
+            first = first_tensor(output)
+            if isinstance(first, Tensor) and first.ndim:
+                found[name] = first.shape[-1]
+
+        return see
+
+    with ExitStack() as undo, evaluating(model):
+        for name, part in model.named_modules():
+            if name:
+                undo.callback(part.register_forward_hook(watch(name)).remove)
+        for encoder in text_encoders(model):
+            undo.callback(setattr, encoder, "whole_last_layer", encoder.whole_last_layer)
+            encoder.whole_last_layer = True
+        run()
+    return found
+
+
+def first_tensor(output: Any) -> Any:
+    """What a module gives, or the first of what it gives."""
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    return output[0] if isinstance(output, tuple | list) and output else output
 
 
 def _is_stack(part: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from driftline.platform.distillation.anatomy import (
     Anatomy,
     anatomy_of,
     find_module,
+    first_tensor,
     inner_model,
 )
 from driftline.platform.distillation.keys import FeatureKey
@@ -33,7 +34,8 @@ PLAIN_ATTENTION: Final = (
     "DistilBertSelfAttention",
 )
 """Attention whose scores are query x key x scaling and nothing else."""
-ROLES: Final = {"page": PAGE, "ad": AD}
+ARMS: Final = "arms"
+ROLES: Final = {"arms.page": PAGE, "arms.ad": AD}
 
 
 class Capture:
@@ -50,9 +52,10 @@ class Capture:
       give none (papers.md B15). Models with another attention (relative positions) must run
       ``attn_implementation="eager"``: then ``attention.L`` is what their layer returns.
     - ``module.PATH`` is the (first) output of that module.
-    - A twin student reads two texts a row and each distinct text once. ``cls.page`` and ``cls.ad``
-      are its vectors gathered to rows, ``cls.L`` both side by side ``[B, 2H]`` (zeros for a
-      product without text below the last layer), and modules must stand outside the arms.
+    - A twin student reads two texts a row and each distinct text once. ``module.arms.page`` and
+      ``module.arms.ad`` are its vectors gathered to rows, ``module.arms`` and ``cls.L`` both side
+      by side ``[B, 2H]`` (zeros for a product without text below the last layer); other modules
+      must stand outside the arms.
 
     Gradients flow through what is captured. The last layer of our towers, normally computed at
     position 0 only, is computed whole where a key needs it.
@@ -174,19 +177,17 @@ class Capture:
     def _plan_twin(self, key: FeatureKey) -> Callable[[], Tensor]:
         model = self.model
         assert isinstance(model, TwinStudent)
-        if key.kind == "module":
-            path = str(key.place)
-            if path.split(".")[0] == "arms":
-                raise _no_alignment(key)
-            return self._tap(key, find_module(model, path), _output).one
-        if key.kind != "cls":
+        path = str(key.place)
+        inside = key.kind == "module" and path.split(".")[0] == ARMS
+        if key.kind not in ("module", "cls") or (inside and path not in (ARMS, *ROLES)):
             raise _no_alignment(key)
+        if key.kind == "module" and not inside:
+            return self._tap(key, find_module(model, path), _output).one
         both = self._tap(key, model.head, lambda args, _, __: (args[PAGE], args[AD]))
-        if key.place in ROLES:
-            role = ROLES[str(key.place)]
-            return lambda: _tensor(key, both.one()[role])
+        if path in ROLES:
+            return lambda: _tensor(key, both.one()[ROLES[path]])
         anatomy = anatomy_of(model)
-        layer = check_layer(key, anatomy, model, also=tuple(ROLES))
+        layer = anatomy.num_layers if inside else check_layer(key, anatomy, model)
         if layer == anatomy.num_layers:
             return lambda: torch.cat(both.one(), dim=1)
         call = self._tap(key, model, lambda args, _, __: args[:3])
@@ -239,9 +240,7 @@ class _Tap:
         return self.values[0]
 
 
-def check_layer(
-    key: FeatureKey, anatomy: Anatomy, model: nn.Module, *, also: Sequence[str] = ()
-) -> int:
+def check_layer(key: FeatureKey, anatomy: Anatomy, model: nn.Module) -> int:
     """The layer that a key names.
 
     Raises:
@@ -250,10 +249,9 @@ def check_layer(
     first = 1 if key.kind in ("attention", "scores") else 0
     if isinstance(key.place, int) and first <= key.place <= anatomy.num_layers:
         return key.place
-    others = "".join(f", {key.kind}.{name}" for name in also)
     raise ValueError(
         f"{type(inner_model(model)).__name__} has no {key}; it has {anatomy.num_layers} layers: "
-        f"{key.kind}.{first} to {key.kind}.{anatomy.num_layers}{others}"
+        f"{key.kind}.{first} to {key.kind}.{anatomy.num_layers}"
     )
 
 
@@ -266,8 +264,8 @@ def _attention_of(layer: nn.Module) -> Any:
 def _no_alignment(key: FeatureKey) -> ValueError:
     return ValueError(
         f"a twin student reads two texts a row, each distinct text once, so {key} cannot be "
-        "matched row by row; match cls.N, cls.page, cls.ad, or a module below head (for example "
-        "module.head.layers)"
+        "matched row by row; match cls.N (kind: pkd), or kind: module with arms, arms.page, "
+        "arms.ad, or a module below head such as head.layers"
     )
 
 
@@ -276,9 +274,7 @@ def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any], _: Any) -> Any:
 
 
 def _output(_: tuple[Any, ...], __: Mapping[str, Any], output: Any) -> Any:
-    if isinstance(output, Mapping):
-        output = tuple(output.values())
-    return output[0] if isinstance(output, (tuple, list)) else output
+    return first_tensor(output)
 
 
 def _second_output(_: tuple[Any, ...], __: Mapping[str, Any], output: Any) -> Any:

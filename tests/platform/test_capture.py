@@ -164,7 +164,13 @@ def test_vectors_of_distinct_texts_are_gathered_to_rows(
         spec, tiny_market.file("train.arrow"), texts=tiny_market.file("texts.arrow")
     )
     rows = torch.arange(100).numpy()
-    wanted = (f"cls.{layer}", "cls.page", "cls.ad", "module.head.layers.0")
+    wanted = (
+        f"cls.{layer}",
+        "module.arms.page",
+        "module.arms.ad",
+        "module.arms",
+        "module.head.layers.0",
+    )
     with Capture(model, keys(*wanted)) as seen:
         whole = model(*inputs.collate(rows))
     both = seen.features[key(f"cls.{layer}")]
@@ -180,8 +186,9 @@ def test_vectors_of_distinct_texts_are_gathered_to_rows(
     page_less = inputs.rows.page_text[:100] < 0
     assert torch.all(both[page_less, :16] == (0 if layer < 2 else model.head.neutral_page))
     if layer == 2:
-        sides = (seen.features[key("cls.page")], seen.features[key("cls.ad")])
+        sides = (seen.features[key("module.arms.page")], seen.features[key("module.arms.ad")])
         assert torch.equal(both, torch.cat(sides, dim=1))
+        assert torch.equal(both, seen.features[key("module.arms")])
 
 
 # --- refusals -----------------------------------------------------------------------------
@@ -210,7 +217,9 @@ def test_layers_of_a_model_without_any_are_refused() -> None:
 def test_tokens_of_a_twin_student_are_refused_and_the_alternatives_named(
     tiny_market: Any, name: str
 ) -> None:
-    with pytest.raises(ValueError, match=r"match cls\.N, cls\.page, cls\.ad, or a module below"):
+    with pytest.raises(
+        ValueError, match=r"match cls\.N .* arms\.page, arms\.ad, or a module below"
+    ):
         Capture(build_model(tiny_market.twin), keys(name))
 
 
