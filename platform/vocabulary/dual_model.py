@@ -169,11 +169,11 @@ class DualModel(nn.Module):
         """Losses of both models at their masked positions, and L_p.
 
         Args:
-            parts: Views of some texts for each of the student's encoders, in order.
+            parts: Views of some texts; part n is for encoder n modulo their number.
         """
         student, teacher = [], []
         for number, (own, other) in enumerate(parts):
-            encoder = self._encoder(number)
+            encoder = self._encoder(number % len(self.encoders))
             student.append(self._predict(encoder, own))
             if self.teacher is not None and other is not None:
                 teacher.append(self.teacher(other, encoder.token_table))

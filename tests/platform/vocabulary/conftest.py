@@ -130,3 +130,9 @@ class Nursery:
     def train(self, name: str, run: Callable[[Path, Path], StageResult], *, key: object) -> Path:
         run(self.root / f"{name}.safetensors", self.root / f"{name}.checkpoints")
         return self.root / f"{name}.safetensors"
+
+
+@pytest.fixture
+def nursery(market: TwoVocabularies, tmp_path: Path) -> Nursery:
+    tokenizers = (market.teacher_tokenizer, market.student_tokenizer)
+    return Nursery(tmp_path, market.student, (market.teacher, market.frozen), tokenizers)

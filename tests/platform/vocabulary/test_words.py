@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from driftline.platform.errors import ContractError, SettingsError
-from driftline.platform.settings import parse_settings
+from driftline.platform.settings import ConfigEncoder, parse_settings
 from driftline.platform.text import SEPARATOR, Tokenizer
 from driftline.platform.vocabulary.report import VocabularyUser, compare_vocabularies, overlap
 from driftline.platform.vocabulary.words import (
@@ -170,4 +170,6 @@ def test_vocabularies_and_widths_that_cannot_be_are_refused(
     with pytest.raises(SettingsError, match=message):
         parse_settings(raw | {"student": student}, origin="test")
     fine = {"vocabulary_size": 350, "encoder": {"hidden_size": 96, "heads": 12}}
-    assert parse_settings(raw | {"student": fine}, origin="test").student.encoder.num_heads == 12
+    encoder = parse_settings(raw | {"student": fine}, origin="test").student.encoder
+    assert isinstance(encoder, ConfigEncoder)
+    assert encoder.num_heads == 12
