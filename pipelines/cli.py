@@ -206,14 +206,16 @@ def features_get(
 
 @app.command()
 def teacher(config: Config, set_: Set = None, json_: Json = False) -> None:
-    """Train the teacher on the stale part of the log, once, and freeze it."""
-    from driftline.pipelines.teacher import train_teacher
+    """Train the teachers on the stale part of the log, once, and freeze them."""
+    from driftline.pipelines.teachers import train_teachers
 
     settings = _checked(config, set_)
     with _ray(settings), progress_bar("teacher") as progress:
-        frozen = train_teacher(settings, progress=progress)
-    text = f"teacher {frozen.hash[:12]}, frozen in {frozen.path}"
-    Output(json_).show(text, {"hash": frozen.hash, **frozen.manifest})
+        first, *others = train_teachers(settings, progress=progress)
+    lines = [f"teacher {frozen.hash[:12]}, frozen in {frozen.path}" for frozen in (first, *others)]
+    found = {"hash": first.hash, **first.manifest}
+    ensemble = {frozen.path.name: {"hash": frozen.hash, **frozen.manifest} for frozen in others}
+    Output(json_).show("\n".join(lines), found | ({"ensemble": ensemble} if others else {}))
 
 
 @app.command()

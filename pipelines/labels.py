@@ -1,171 +1,216 @@
-"""The soft-label store: the teacher's logits, paid once for each (teacher, input), kept as Parquet.
+"""Soft labels of a market: what its frozen teachers say about rows, each input paid once.
 
-``labels/TEACHER/HOUR.parquet`` has one row for each labelled input of that hour: ``input_hash`` and
-the two logits before any temperature. Whatever reads them later (arms, head, any strategy that is
-tried) finds them here; a crash loses at most the hours under way.
+Whatever reads them later (arms, head, any strategy that is tried) finds them on disk, below
+``labels/TEACHER``; see ``TeacherMemory``. Several teachers speak as one: the mean of their logits.
 """
 
-import hashlib
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from torch import nn
 
 from driftline.pipelines.prepare import prepare_features
 from driftline.pipelines.teacher import Teacher, teacher_input, tokenizer_hash
-from driftline.pipelines.teacher_input import TeacherInput
+from driftline.pipelines.teacher_input import RowSerialiser, TeacherInput
+from driftline.pipelines.teachers import as_member, find_member
 from driftline.pipelines.training_sets import known_frame, split_rows
-from driftline.platform.artefacts import whole_file
+from driftline.platform.artefacts import hash_value
+from driftline.platform.distillation.keys import FeatureKey
 from driftline.platform.errors import FrozenTeacherError
-from driftline.platform.examples import Ragged, TokenRows
-from driftline.platform.inference import load_model, predict_logits
-from driftline.platform.inputs import TowerInputs
 from driftline.platform.models.spec import TeacherSpec
 from driftline.platform.sampling import soft_labelled
 from driftline.platform.settings import DriftlineSettings
-from driftline.platform.windows import format_time
+from driftline.platform.teacher_features import TeacherFeatures
+from driftline.platform.teacher_memory import ROWS_PER_PASS, Inputs, Labelled, TeacherMemory
 from driftline.platform.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
-LABELS_SCHEMA: Final = pa.schema(
-    [
-        pa.field("input_hash", pa.int64(), nullable=False),
-        pa.field("no_click", pa.float32(), nullable=False),
-        pa.field("click", pa.float32(), nullable=False),
-    ]
-)
+Progress = Callable[[int, int], None]
 
-ROWS_PER_PASS: Final = 8_192
 MICROS_PER_HOUR: Final = 3_600_000_000
 
 
-@dataclass
-class SoftLabels:
-    """Reads and extends the store of one teacher."""
+@dataclass(frozen=True)
+class TeacherLabels:
+    """Labels of one teacher: how it reads a row, and what it said."""
 
-    folder: Path
     teacher: Teacher
     reader: TeacherInput
-    num_passes: int = 0
-    """Rows that went through the teacher in this process."""
+    memory: TeacherMemory
 
     @classmethod
-    def open(cls, settings: DriftlineSettings) -> "SoftLabels":
-        """The store of the workspace's frozen teacher.
-
-        Raises:
-            FrozenTeacherError: rows would be written for it in another way than in its training.
-        """
+    def open(
+        cls,
+        settings: DriftlineSettings,
+        *,
+        name: str | None = None,
+        texts: pa.Table | None = None,
+        keys: Sequence[FeatureKey] = (),
+    ) -> "TeacherLabels":
+        """Those of the teacher of these settings, which lies under ``name``; see ``SoftLabels``."""
         workspace = Workspace.of(settings)
-        teacher = Teacher.open(workspace)
-        reader = teacher_input(settings)
-        names = ("columns", "max_tokens", "tokenizer")
-        known = (teacher.manifest[name] for name in names)
+        teacher = Teacher.open(workspace, name)
+        reader = teacher_input(settings, texts=texts)
+        fields = ("columns", "max_tokens", "tokenizer")
+        known = (teacher.manifest[field] for field in fields)
         now = ([*reader.serialiser.columns], reader.max_tokens, tokenizer_hash(settings))
-        for name, before, found in zip(names, known, now, strict=True):
+        for field, before, found in zip(fields, known, now, strict=True):
             if before != found:
                 raise FrozenTeacherError(
-                    f"teacher {teacher.path}: {name} was {before} in its training and is {found} "
+                    f"teacher {teacher.path}: {field} was {before} in its training and is {found} "
                     "now; undo the change, or use a new workspace"
                 )
-        return cls(workspace.labels / teacher.hash[:12], teacher, reader)
+        memory = TeacherMemory(
+            folder=workspace.labels / teacher.hash[:12],
+            teacher=teacher.hash,
+            spec=TeacherSpec.model_validate(teacher.manifest["spec"]),
+            weights=teacher.weights,
+            keys=tuple(dict.fromkeys(keys)),
+            limits=settings.teacher.features,
+        )
+        return cls(teacher, reader, memory)
 
-    def logits(
-        self, frame: pa.Table, *, progress: Callable[[int, int], None] | None = None
-    ) -> NDArray[np.float32]:
-        """Logits of every row, in order; only inputs never seen go through the teacher. ``[B, 2]``.
+    def with_texts(self, texts: pa.Table) -> "TeacherLabels":
+        """The same for rows that point to other texts."""
+        serialiser = RowSerialiser(self.reader.serialiser.columns, texts)
+        return replace(self, reader=replace(self.reader, serialiser=serialiser))
 
-        Hours of the frame are completed one group at a time, so a killed call resumes.
-        """
-        found = np.empty((frame.num_rows, 2), np.float32)
-        hours = frame["event_time"].cast(pa.int64()).to_numpy() // MICROS_PER_HOUR
-        starts = np.flatnonzero(np.r_[True, hours[1:] != hours[:-1]][: len(hours)])
-        bounds = [*starts.tolist(), frame.num_rows]
-        done = 0
-        while done < len(starts):
-            last = done + 1
-            while last < len(starts) and bounds[last + 1] - bounds[done] <= ROWS_PER_PASS:
-                last += 1
-            rows = slice(bounds[done], bounds[last])
-            part = frame.slice(rows.start, rows.stop - rows.start)
-            found[rows] = self._complete(part, hours[rows])
-            done = last
+    def label(self, frame: pa.Table, *, progress: Progress | None = None) -> Labelled:
+        """See ``SoftLabels.label``."""
+        logits = np.empty((frame.num_rows, 2), np.float32)
+        rows = np.empty(frame.num_rows, np.int64)
+        self.memory.check_room(inputs for _, inputs in self._parts(frame))
+        for part, inputs in self._parts(frame):
+            answer = self.memory.answer(inputs)
+            logits[part] = answer.logits
+            if answer.teacher_rows is not None:
+                rows[part] = answer.teacher_rows
             if progress is not None:
-                progress(int(rows.stop), frame.num_rows)
-        return found
+                progress(int(part.stop), frame.num_rows)
+        return Labelled(logits, rows if self.memory.keys else None)
 
-    def _complete(self, frame: pa.Table, hours: NDArray[np.int64]) -> NDArray[np.float32]:
-        tokens = self.reader.tokens(frame)
-        hashes = np.array([_hash_tokens(t) for t in tokens], np.int64)
-        stored = {hour: self._read(hour) for hour in np.unique(hours).tolist()}
-        known_hashes = np.concatenate([hash_ for hash_, _ in stored.values()])
-        known_logits = np.concatenate([logits for _, logits in stored.values()])
-        missing = np.flatnonzero(~np.isin(hashes, known_hashes))
-        if len(missing):
-            _, first = np.unique(hashes[missing], return_index=True)
-            fresh = missing[np.sort(first)]
-            logits = self._pass([tokens[row] for row in fresh])
-            for hour in np.unique(hours[fresh]).tolist():
-                mine = hours[fresh] == hour
-                old_hashes, old_logits = stored[hour]
-                self._write(
-                    hour,
-                    np.concatenate([old_hashes, hashes[fresh][mine]]),
-                    np.concatenate([old_logits, logits[mine]]),
-                )
-            known_hashes = np.concatenate([known_hashes, hashes[fresh]])
-            known_logits = np.concatenate([known_logits, logits])
-        order = np.argsort(known_hashes, kind="stable")
-        at = order[np.searchsorted(known_hashes, hashes, sorter=order)]
-        result: NDArray[np.float32] = known_logits[at]
-        return result
-
-    def _pass(self, tokens: list[NDArray[np.int32]]) -> NDArray[np.float32]:
-        self.num_passes += len(tokens)
-        unknown = np.full(len(tokens), np.nan, np.float32)
-        rows = TowerInputs(self._spec, TokenRows(Ragged.of(tokens), unknown))
-        return predict_logits(self._model, rows)
-
-    @cached_property
-    def _spec(self) -> TeacherSpec:
-        return TeacherSpec.model_validate(self.teacher.manifest["spec"])
-
-    @cached_property
-    def _model(self) -> nn.Module:
-        return load_model(self._spec, self.teacher.weights)
-
-    def _path(self, hour: int) -> Path:
-        moment = datetime.fromtimestamp(int(hour) * 3600, UTC)
-        return self.folder / f"{format_time(moment)[:13]}.parquet"
-
-    def _read(self, hour: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        path = self._path(hour)
-        if not path.exists():
-            return np.empty(0, np.int64), np.empty((0, 2), np.float32)
-        table = pq.read_table(path)
-        logits = np.column_stack([table["no_click"].to_numpy(), table["click"].to_numpy()])
-        return table["input_hash"].to_numpy(), logits
-
-    def _write(self, hour: int, hashes: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
-        columns = [pa.array(hashes), pa.array(logits[:, 0]), pa.array(logits[:, 1])]
-        with whole_file(self._path(hour)) as scratch:
-            pq.write_table(pa.Table.from_arrays(columns, schema=LABELS_SCHEMA), scratch)
+    def _parts(self, frame: pa.Table) -> Iterator[tuple[slice, Inputs]]:
+        """The frame in parts of whole hours, about ``ROWS_PER_PASS`` rows each."""
+        hours = frame["event_time"].cast(pa.int64()).to_numpy() // MICROS_PER_HOUR
+        ends = [*(np.flatnonzero(np.diff(hours)) + 1).tolist(), frame.num_rows]
+        start = 0
+        for end, following in zip(ends, [*ends[1:], None], strict=True):
+            if start < end and (following is None or following - start > ROWS_PER_PASS):
+                tokens = self.reader.tokens(frame.slice(start, end - start))
+                yield slice(start, end), Inputs(hours[start:end], tokens)
+                start = end
 
 
-def label_log(
-    settings: DriftlineSettings, *, progress: Callable[[int, int], None] | None = None
-) -> dict[str, int]:
-    """Label every training row of the log that the teacher is asked about."""
+@dataclass(frozen=True)
+class SoftLabels:
+    """Reads and extends the labels of one teacher, or of all together. Open it with ``open``."""
+
+    members: tuple[TeacherLabels, ...]
+
+    @classmethod
+    def open(
+        cls,
+        settings: DriftlineSettings,
+        *,
+        teacher: str | None = None,
+        texts: pa.Table | None = None,
+        keys: Sequence[FeatureKey] = (),
+    ) -> "SoftLabels":
+        """The labels of the workspace's frozen teachers.
+
+        Args:
+            settings: ``teacher.ensemble`` names the teachers beside the first.
+            teacher: The name of one of them, to hear that one alone. The mean of all when not
+                given; only the first where there is no ensemble.
+            texts: Texts that rows point to, ``text_id`` and the text features; those of the
+                workspace when not given. See also ``with_texts``.
+            keys: Inner tensors that the first teacher keeps of each pass, for matches. Name those
+                of all strategies at once: tensors that are asked for later need another pass.
+
+        Raises:
+            MissingArtefactError: one of the teachers is not trained yet.
+            FrozenTeacherError: rows would be written for one in another way than in its training.
+            SettingsError: there is no teacher of this name.
+        """
+        if teacher is not None:
+            own = as_member(settings, find_member(settings, teacher))
+            return cls((TeacherLabels.open(own, name=teacher, texts=texts, keys=keys),))
+        others = (
+            TeacherLabels.open(as_member(settings, member), name=member.name, texts=texts)
+            for member in settings.teacher.ensemble
+        )
+        return cls((TeacherLabels.open(settings, texts=texts, keys=keys), *others))
+
+    @property
+    def teacher(self) -> Teacher:
+        """The first teacher; all logits stand on its prior, all features are its own."""
+        return self.members[0].teacher
+
+    @property
+    def reader(self) -> TeacherInput:
+        """How rows are written for the first teacher."""
+        return self.members[0].reader
+
+    @property
+    def hash(self) -> str:
+        """Of all teachers that are heard; that of the teacher where there is one."""
+        hashes = [member.teacher.hash for member in self.members]
+        return hashes[0] if len(hashes) == 1 else hash_value(hashes)
+
+    @property
+    def features(self) -> TeacherFeatures | None:
+        """The first teacher's inner tensors; None where none was asked for."""
+        return self.members[0].memory.features
+
+    @property
+    def num_passes(self) -> int:
+        """Inputs that went through a teacher in this process, each teacher counted."""
+        return sum(member.memory.num_passes for member in self.members)
+
+    def with_texts(self, texts: pa.Table) -> "SoftLabels":
+        """The same labels for rows that point to other texts, such as generated ones."""
+        return SoftLabels(tuple(member.with_texts(texts) for member in self.members))
+
+    def label(self, frame: pa.Table, *, progress: Progress | None = None) -> Labelled:
+        """Logits of every row, in order, and where its features are.
+
+        Only inputs never seen go through a teacher. Several teachers: the mean of their logits,
+        each moved to the first one's prior (papers.md S2.12, S0.25).
+
+        Args:
+            frame: Rows, in order of time.
+            progress: Called with rows done and rows in all, for each teacher.
+
+        Raises:
+            ResourceError: the features would take more room than allowed; nothing was asked then.
+        """
+        first = self.members[0].label(frame, progress=progress)
+        if len(self.members) == 1:
+            return first
+        others = [
+            shift_prior(
+                member.label(frame, progress=progress).logits,
+                from_keep_rate=member.teacher.keep_rate,
+                to_keep_rate=self.teacher.keep_rate,
+            )
+            for member in self.members[1:]
+        ]
+        stacked = np.stack([first.logits, *others])
+        mean = stacked.mean(axis=0, dtype=np.float64)
+        return replace(first, logits=np.asarray(mean, np.float32))
+
+    def logits(self, frame: pa.Table, *, progress: Progress | None = None) -> NDArray[np.float32]:
+        """The logits alone. ``[B, 2]``."""
+        return self.label(frame, progress=progress).logits
+
+
+def label_log(settings: DriftlineSettings, *, progress: Progress | None = None) -> dict[str, int]:
+    """Label every training row of the log that the teachers are asked about."""
     span = prepare_features(settings)
     frame = known_frame(settings, span, as_of=span.end + settings.labels.maturity)
     rows = split_rows(settings, frame).train
@@ -183,8 +228,3 @@ def shift_prior(
     shifted = logits.copy()
     shifted[:, 1] += np.float32(np.log(from_keep_rate) - np.log(to_keep_rate))
     return shifted
-
-
-def _hash_tokens(tokens: NDArray[np.int32]) -> int:
-    digest = hashlib.blake2b(tokens.tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)

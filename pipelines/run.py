@@ -20,7 +20,7 @@ from driftline.pipelines.prepare import prepare_features
 from driftline.pipelines.replay import replay
 from driftline.pipelines.report import build_report
 from driftline.pipelines.smoke import serve_some_requests
-from driftline.pipelines.teacher import train_teacher
+from driftline.pipelines.teachers import train_teachers
 from driftline.platform.artefacts import read_json, write_json
 from driftline.platform.errors import SettingsError
 from driftline.platform.ray_runtime import ray_session
@@ -70,7 +70,7 @@ def run_all(settings: DriftlineSettings, *, progress_bar: ProgressBar) -> RunRes
     with ray_session(settings.ray):
         for _ in timer.step("teacher"):
             with progress_bar("teacher") as progress:
-                train_teacher(settings, progress=progress)
+                train_teachers(settings, progress=progress)
         for _ in timer.step("student and replay"):
             with progress_bar("replay") as progress:
                 result = replay_and_report(settings, progress=progress)

@@ -14,6 +14,7 @@ import pyarrow as pa
 from driftline.features.log import ImpressionLog
 from driftline.features.texts import known_texts, read_texts
 from driftline.pipelines.provenance import code_version
+from driftline.pipelines.student_vocabulary import small_tokenizer
 from driftline.pipelines.teacher_input import RowSerialiser, TeacherInput, teacher_columns
 from driftline.pipelines.training_sets import clicks, known_frame, newest, split_rows
 from driftline.platform.artefacts import (
@@ -30,12 +31,13 @@ from driftline.platform.ray_runtime import fit
 from driftline.platform.settings import CheckpointEncoder, DriftlineSettings, StageSettings
 from driftline.platform.stages import StageJob, StageResult
 from driftline.platform.text import Tokenizer, train_tokenizer
-from driftline.platform.windows import format_time
+from driftline.platform.windows import HOUR, Window, floor_time, format_time
 from driftline.platform.workspace import Workspace, require
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
+MASKED = "masked.safetensors"  # the encoder before it saw a click, where there was such a stage
 MANIFEST = "manifest.json"
 MAX_VALIDATION_ROWS = 4_000
 
@@ -48,14 +50,18 @@ class Teacher:
     manifest: dict[str, Any]
 
     @classmethod
-    def open(cls, workspace: Workspace) -> "Teacher":
+    def open(cls, workspace: Workspace, name: str | None = None) -> "Teacher":
         """Open it and check that nobody touched the weights.
+
+        Args:
+            workspace: Where it lies.
+            name: Of a member of the ensemble; the market's first teacher when not given.
 
         Raises:
             MissingArtefactError: there is none yet.
             FrozenTeacherError: the weights do not have the hash they were frozen with.
         """
-        path = require(workspace.teacher, made_by="teacher CONFIG")
+        path = require(_path(workspace, name), made_by="teacher CONFIG")
         manifest = read_json(path / MANIFEST)
         if (found := _hash_once(path / WEIGHTS)) != manifest["weights"]:
             raise FrozenTeacherError(
@@ -82,35 +88,44 @@ class Teacher:
 
 
 def train_teacher(
-    settings: DriftlineSettings, *, progress: Callable[[int, int], None] | None = None
+    settings: DriftlineSettings,
+    *,
+    name: str | None = None,
+    share: tuple[float, float] = (0, 1),
+    progress: Callable[[int, int], None] | None = None,
 ) -> Teacher:
     """Tokeniser, MLM, supervised training on OOD rows, frozen (papers.md S0.7).
 
     A second call with the same settings returns the frozen teacher.
 
+    Args:
+        settings: ``teacher`` and ``seed`` say how.
+        name: Of a member of the ensemble; the market's first teacher when not given.
+        share: Part of the OOD window to learn from; see ``stale_part``.
+        progress: Called with steps done and steps in all of a stage.
+
     Raises:
         FrozenTeacherError: there is a teacher from other settings.
+        EmptyWindowError: the part of the window holds no rows, or only one outcome.
     """
     workspace = Workspace.of(settings)
-    key = _teacher_key(settings)
-    if workspace.teacher.exists():
-        teacher = Teacher.open(workspace)
-        if teacher.manifest["key"] != key:
-            raise FrozenTeacherError(
-                f"teacher {workspace.teacher} is frozen and was trained with other settings "
-                f"(key {teacher.manifest['key']}, these give {key}); undo the change of "
-                "teacher/tokenizer/features/labels/split settings, or use a new workspace"
-            )
+    path = _path(workspace, name)
+    key = teacher_key(settings, share=share)
+    if path.exists():
+        teacher = Teacher.open(workspace, name)
+        check_frozen(teacher, key)
         logger.info("teacher %s is frozen already", teacher.hash[:12])
         return teacher
     started = time.monotonic()
-    split = ImpressionLog.open(workspace.clean, settings).split
-    frame = known_frame(settings, split.ood, as_of=split.ood.end)
+    window, as_of = stale_part(settings, share)
+    frame = known_frame(settings, window, as_of=as_of)
     keep_rate = settings.teacher.negative_keep_rate or settings.labels.negative_keep_rate
     max_rows = settings.teacher.supervised.max_rows
     rows = split_rows(settings, frame, max_rows=max_rows, keep_rate=keep_rate)
     validation = newest(rows.validation, MAX_VALIDATION_ROWS)
-    reader = _train_reader(settings, rows.train, as_of=split.ood.end)
+    reader = _train_reader(settings, rows.train, as_of=as_of)
+    if settings.student.vocabulary_size is not None:  # here, so that it fails before hours of work
+        small_tokenizer(settings, vocabulary_size=settings.student.vocabulary_size)
     scratch = workspace.scratch / f"teacher-{key}"
     examples, held_out = scratch / "train.arrow", scratch / "validation.arrow"
     write_tokens(examples, TokenRows(Ragged.of(reader.tokens(rows.train)), clicks(rows.train)))
@@ -122,6 +137,7 @@ def train_teacher(
     )
     results = []
     initial: tuple[Path, ...] = ()
+    masked: Path | None = None
     for job in _stages(settings, spec, examples, held_out, scratch):
         job = replace(job, initial=initial)
         result = fit(
@@ -129,8 +145,11 @@ def train_teacher(
         )
         results.append(result)
         initial = (job.output,)
-    with whole_directory(workspace.teacher) as folder:
+        masked = job.output if job.task == "mlm" else masked
+    with whole_directory(path) as folder:
         (folder / WEIGHTS).write_bytes(initial[0].read_bytes())
+        if masked is not None:
+            (folder / MASKED).write_bytes(masked.read_bytes())
         manifest = {
             "key": key,
             "weights": hash_file(folder / WEIGHTS),
@@ -139,7 +158,7 @@ def train_teacher(
             "max_tokens": reader.max_tokens,
             "spec": spec.model_dump(mode="json"),
             "keep_rate": keep_rate,
-            "window": [format_time(split.ood.start), format_time(split.ood.end)],
+            "window": [format_time(window.start), format_time(window.end)],
             "num_rows": rows.train.num_rows,
             "seconds": round(time.monotonic() - started, 1),
             "core_seconds": round(sum(r.core_seconds for r in results), 1),
@@ -147,20 +166,48 @@ def train_teacher(
             "code": code_version(),
         }
         write_json(folder / MANIFEST, manifest)
-    return Teacher.open(workspace)
+    return Teacher.open(workspace, name)
 
 
-def teacher_input(settings: DriftlineSettings) -> TeacherInput:
-    """How rows are written for the teacher of this workspace."""
+def stale_part(
+    settings: DriftlineSettings, share: tuple[float, float] = (0, 1)
+) -> tuple[Window, datetime]:
+    """A part of the OOD window, cut at whole hours, and the moment at which it is looked at."""
+    ood = ImpressionLog.open(Workspace.of(settings).clean, settings).split.ood
+    length = ood.end - ood.start
+    start, end = (floor_time(ood.start + part * length, HOUR) for part in share)
+    start = max(start, ood.start)
+    return Window(start, ood.end if share[1] == 1 else max(start, end)), ood.end
+
+
+def check_frozen(teacher: Teacher, key: str) -> None:
+    """Refuse settings that would give another teacher.
+
+    Raises:
+        FrozenTeacherError: this one was trained with others.
+    """
+    if teacher.manifest["key"] != key:
+        raise FrozenTeacherError(
+            f"teacher {teacher.path} is frozen and was trained with other settings "
+            f"(key {teacher.manifest['key']}, these give {key}); undo the change of "
+            "teacher/tokenizer/features/labels/split settings, or use a new workspace"
+        )
+
+
+def teacher_input(settings: DriftlineSettings, *, texts: pa.Table | None = None) -> TeacherInput:
+    """How rows are written for the teacher of these settings.
+
+    Args:
+        settings: ``teacher`` says which columns and how many tokens.
+        texts: ``text_id`` and the text features; those of the workspace when not given.
+    """
     return TeacherInput(
-        serialiser=_serialiser(settings),
+        serialiser=RowSerialiser(
+            teacher_columns(settings), read_texts(settings) if texts is None else texts
+        ),
         tokenizer=open_tokenizer(settings),
         max_tokens=settings.teacher.encoder.max_tokens,
     )
-
-
-def _serialiser(settings: DriftlineSettings) -> RowSerialiser:
-    return RowSerialiser(teacher_columns(settings), read_texts(settings))
 
 
 def open_tokenizer(settings: DriftlineSettings) -> Tokenizer:
@@ -192,8 +239,9 @@ def _train_reader(settings: DriftlineSettings, train: pa.Table, *, as_of: dateti
 
 def tokenizer_hash(settings: DriftlineSettings) -> str:
     """Hash of the workspace's tokeniser; a checkpoint's own is part of its weights' folder."""
-    tokenizer = Workspace.of(settings).tokenizer
-    return hash_file(tokenizer) if tokenizer.exists() else "own"
+    if isinstance(settings.teacher.encoder, CheckpointEncoder):
+        return "own"
+    return hash_file(Workspace.of(settings).tokenizer)
 
 
 def _stages(
@@ -221,9 +269,16 @@ def _stages(
     return stages
 
 
-def _teacher_key(settings: DriftlineSettings) -> str:
+def teacher_key(settings: DriftlineSettings, *, share: tuple[float, float] = (0, 1)) -> str:
+    """Hash of all settings that shape a teacher; more teachers beside it do not."""
     shaping = {"name", "seed", "features", "counters", "labels", "split", "tokenizer", "teacher"}
-    return hash_value(settings.model_dump(mode="json", include=shaping))[:12]
+    beside = {"teacher": {"ensemble", "features"}}
+    value = settings.model_dump(mode="json", include=shaping, exclude=beside)
+    return hash_value(value if share == (0, 1) else [value, *share])[:12]
+
+
+def _path(workspace: Workspace, name: str | None) -> Path:
+    return workspace.teacher if name is None else workspace.teachers / name
 
 
 def _summary(result: StageResult) -> dict[str, Any]:

@@ -125,6 +125,7 @@ def write_pair_examples(
     tabular: TabularEncoder,
     text_ids: NDArray[np.int64],
     teacher_logits: NDArray[np.float32] | None = None,
+    teacher_rows: NDArray[np.int64] | None = None,
     product_buckets: int | None = None,
 ) -> Path:
     """Write the examples of a student: text rows, categories, numbers, label, soft label.
@@ -135,6 +136,7 @@ def write_pair_examples(
         tabular: Gives categories and numbers.
         text_ids: Ascending ids of the texts or vectors that ``page_text`` and ``ad_text`` index.
         teacher_logits: Soft labels. ``[B, 2]``.
+        teacher_rows: Rows of the teacher's features, -1 for none. ``[B]``.
         product_buckets: Also hash both products into so many buckets, for the baseline.
     """
     rows = text_rows(frame, text_ids)
@@ -153,6 +155,7 @@ def write_pair_examples(
         numbers=numbers,
         clicked=clicks(frame),
         teacher_logits=teacher_logits,
+        teacher_rows=teacher_rows,
         **hashed,
     )
     write_pairs(destination, examples)

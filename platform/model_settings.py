@@ -7,6 +7,7 @@ from pydantic import (
     Discriminator,
     Field,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     Tag,
     model_validator,
@@ -77,6 +78,42 @@ class TokenizerSettings(Settings):
     """Sentences sampled for training the tokeniser."""
 
 
+class TeacherMember(Settings):
+    """One more teacher beside the first; the labels are then a mean (papers.md C14, S2.12).
+
+    What is not given is as in the first teacher. Each is trained once and frozen as that one is.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,40}$")]
+    """Its folder below ``teachers/`` in the workspace."""
+    seed: NonNegativeInt | None = None
+    """Of its weights, the order of its rows and the draw of its non-clicks."""
+    window: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0, 1)
+    """Part of the stale window that it learns from: ``[0.5, 1]`` is the newer half."""
+    encoder: Encoder | None = None
+    columns: tuple[str, ...] | None = None
+    """Frame columns it reads beside the text."""
+    negative_keep_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    mlm: StageSettings | Literal["same"] | None = "same"
+    """Masked-language training before the clicks; none starts from the encoder as it is."""
+    supervised: StageSettings | None = None
+
+    @model_validator(mode="after")
+    def _window_has_a_length(self) -> Self:
+        start, end = self.window
+        if not start < end:
+            raise ValueError(f"window must start before it ends, got {[start, end]}")
+        return self
+
+
+class TeacherFeatureSettings(Settings):
+    """How the teacher's inner tensors are kept for matches (papers.md C9)."""
+
+    dtype: Literal["float16", "float32"] = "float16"
+    max_gigabytes: PositiveFloat = 20.0
+    """Limit of one store in 10^9 bytes; a pass that would need more is refused before it begins."""
+
+
 class TeacherSettings(Settings):
     """One tower over every feature as ``name: value``; trained once (papers.md S0.5-S0.8)."""
 
@@ -87,6 +124,16 @@ class TeacherSettings(Settings):
     """Share of non-clicks it learns from; ``labels.negative_keep_rate`` when not given."""
     mlm: StageSettings | None = StageSettings()
     supervised: StageSettings = StageSettings(num_epochs=2)
+    ensemble: tuple[TeacherMember, ...] = ()
+    """More teachers; the soft labels are the mean of all their logits, this one's included."""
+    features: TeacherFeatureSettings = TeacherFeatureSettings()
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [member.name for member in self.ensemble]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"names of teachers must differ, {', '.join(twice)} stands twice")
+        return self
 
 
 class HeadSettings(Settings):

@@ -42,6 +42,8 @@ from driftline.platform.model_settings import (
     HeadRefreshSettings,
     HeadSettings,
     StudentSettings,
+    TeacherFeatureSettings,
+    TeacherMember,
     TeacherSettings,
     TokenizerSettings,
 )
@@ -91,6 +93,8 @@ __all__ = [
     "StageSettings",
     "StoreSettings",
     "StudentSettings",
+    "TeacherFeatureSettings",
+    "TeacherMember",
     "TeacherSettings",
     "Tier",
     "TierName",

@@ -48,10 +48,19 @@ class Workspace:
         """SentencePiece model."""
         return self.root / "tokenizer" / "tokenizer.model"
 
+    def student_tokenizer(self, vocabulary_size: int) -> Path:
+        """SentencePiece model of a student with a small vocabulary; studies have several sizes."""
+        return self.root / "tokenizer" / f"student-{vocabulary_size}.model"
+
     @property
     def teacher(self) -> Path:
         """The frozen teacher and its manifest."""
         return self.root / "teacher"
+
+    @property
+    def teachers(self) -> Path:
+        """More frozen teachers, one folder each; see ``teacher.ensemble``."""
+        return self.root / "teachers"
 
     @property
     def labels(self) -> Path:
