@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from driftline.platform.examples import Ragged
 
-Weights: TypeAlias = "NDArray[np.int64] | NDArray[np.float64]"
+Weights: TypeAlias = NDArray[np.int64] | NDArray[np.float64]
 
 
 def shuffled(sequences: Ragged, random: np.random.Generator) -> Ragged:

@@ -26,7 +26,7 @@ from driftline.platform.transfer.sequences import join
 from driftline.platform.transfer.sets import MadeRows
 
 Unit = Literal["word", "character"]
-Rewrite: TypeAlias = "Callable[[Ragged, NDArray[np.int64]], Ragged]"
+Rewrite: TypeAlias = Callable[[Ragged, NDArray[np.int64]], Ragged]
 """Gives new sequences for those of one field; the second argument is how often each occurs."""
 
 MASK_63_BITS: Final = 0x7FFF_FFFF_FFFF_FFFF
@@ -108,6 +108,8 @@ def rewrite_texts(
 ) -> MadeRows:
     """The rows with each text field rewritten; all of them count as made up.
 
+    A text that comes out as it was keeps its id.
+
     Args:
         rows: What to start from; not changed.
         rewrite: New values for those of a field and for how many rows use each. ``[T]``.
@@ -125,7 +127,11 @@ def rewrite_texts(
         )
     names = [name for name in used.column_names if name != "text_id"]
     fields = [rewrite(used[name], uses) for name in names]
-    new_ids = content_ids(fields, names)
+    same = np.all(
+        [_equal(field, used[name]) for name, field in zip(names, fields, strict=True)], axis=0
+    )
+    old_ids = used["text_id"].combine_chunks()
+    new_ids = pc.if_else(pa.array(same), old_ids, content_ids(fields, names))
     pairs = zip(names, fields, strict=True)
     texts = pa.table(
         {"text_id": new_ids}
@@ -133,7 +139,7 @@ def rewrite_texts(
     )
     frame = made_up_ids(rows.frame, tag=tag)
     for column in TEXT_ID_COLUMNS:
-        at = pc.index_in(frame[column], value_set=used["text_id"].combine_chunks())
+        at = pc.index_in(frame[column], value_set=old_ids)
         frame = with_column(frame, column, new_ids.take(at.combine_chunks()))
     made_up = np.ones(frame.num_rows, np.bool_)
     return replace(rows, frame=frame, texts=distinct_texts(texts), made_up=made_up)
@@ -195,6 +201,11 @@ def with_column(frame: pa.Table, name: str, values: pa.Array | pa.ChunkedArray) 
     place = frame.schema.get_field_index(name)
     field = frame.schema.field(place)
     return frame.set_column(place, field, values.cast(field.type))
+
+
+def _equal(first: pa.Array, second: pa.ChunkedArray) -> list[bool]:
+    pairs = zip(first.to_pylist(), second.to_pylist(), strict=True)
+    return [one == other for one, other in pairs]
 
 
 def _split(text: str | None, *, unit: Unit) -> list[str]:
