@@ -100,11 +100,10 @@ def shape_of(
     if isinstance(model, TwinStudent):  # a row's vectors of both texts; attention is not of rows
         widths = {name: size for name, size in widths.items() if name.split(".")[0] != "arms"}
         widths |= {"arms": 2 * width, "arms.page": width, "arms.ad": width}
-        heads = 0
+        width, heads = 2 * width, 0
     return ModelShape(
         num_layers=anatomy.num_layers,
         width=width,
-        cls_width=2 * width if isinstance(model, TwinStudent) else None,
         num_heads=heads,
         tokens=tokens,
         modules=widths,
