@@ -14,13 +14,17 @@ from pydantic import (
 )
 
 from driftline.platform.data_settings import Settings
+from driftline.platform.models.grid import named_size
 from driftline.platform.objective_settings import ObjectiveSettings
 from driftline.platform.strategy_settings import ArmsRefreshSettings
 from driftline.platform.training_settings import SelfTrainingSettings, StageSettings
 
 
 class ConfigEncoder(Settings):
-    """A BERT encoder from a size: heads = H/64, feed-forward = 4H (papers.md S1.6)."""
+    """A BERT encoder from a size: heads = H/64, feed-forward = 4H (papers.md S1.6).
+
+    ``size: tiny`` (mini, small, medium, base) stands for the published depth and width (S1.9).
+    """
 
     kind: Literal["config"] = "config"
     num_layers: PositiveInt = 2
@@ -29,6 +33,20 @@ class ConfigEncoder(Settings):
     """Attention heads; one for each 64 units when not given. Narrow students of paper 004 have
     other ones (papers.md A4.8)."""
     max_tokens: PositiveInt = 64
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_size(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or "size" not in raw:
+            return raw
+        name, given = raw["size"], {key: value for key, value in raw.items() if key != "size"}
+        size = named_size(name)
+        meant = {"num_layers": size.num_layers, "hidden_size": size.hidden_size}
+        if meant.keys() & given.keys():
+            raise ValueError(
+                f"size {name!r} says {', '.join(meant)} already; give one or the other"
+            )
+        return given | meant
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
@@ -55,6 +73,9 @@ class CheckpointEncoder(Settings):
 
     kind: Literal["checkpoint"]
     path: Path
+    layers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
+    """Which of its layers the encoder is made of, counted from 1: a student of half the depth takes
+    1, 3, 5, 8, 10, 12 (papers.md S3.3). All when not given."""
     max_tokens: PositiveInt = 64
 
 

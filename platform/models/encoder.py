@@ -230,8 +230,24 @@ def _load_checkpoint(spec: EncoderSpec) -> nn.Module:
         attn_implementation="sdpa",
         dtype=torch.float32,
     )
+    if spec.checkpoint_layers is not None:
+        _pick_layers(model, spec.checkpoint_layers)
     model.resize_token_embeddings(spec.vocabulary_size, mean_resizing=False)  # type: ignore[operator]
     return model.train()
+
+
+def _pick_layers(model: nn.Module, layers: Sequence[int]) -> None:
+    config: Any = model.config
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers:
+                setattr(parent, name, nn.ModuleList(child[layer - 1] for layer in layers))
+                config.num_hidden_layers = len(layers)
+                return
+    raise SettingsError(
+        f"encoder.layers: no list of {config.num_hidden_layers} layers was found in "
+        f"{type(model).__name__}; leave `layers` out"
+    )
 
 
 def _drop_pooler(backbone: nn.Module) -> None:

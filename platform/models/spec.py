@@ -36,6 +36,8 @@ class EncoderSpec(Settings):
     """``config.json`` of a checkpoint; a plain BERT when not given."""
     checkpoint: Path | None = None
     """Folder whose weights a new model starts from."""
+    checkpoint_layers: tuple[PositiveInt, ...] | None = None
+    """Which of the checkpoint's layers, counted from 1; all when not given."""
 
 
 class HeadSpec(Settings):
@@ -121,7 +123,8 @@ def encoder_spec(settings: Encoder, *, vocabulary_size: int | None = None) -> En
         vocabulary_size: Size of our own tokeniser; ignored by a checkpoint, which brings its own.
 
     Raises:
-        SettingsError: the checkpoint folder lacks ``config.json``, or its positions are too few.
+        SettingsError: the checkpoint folder lacks ``config.json``, or has too few positions or
+            layers.
     """
     if isinstance(settings, CheckpointEncoder):
         return _checkpoint_spec(settings)
@@ -166,6 +169,13 @@ def _checkpoint_spec(settings: CheckpointEncoder) -> EncoderSpec:
             f"encoder.max_tokens must be at most {positions} for {settings.path}, "
             f"got {settings.max_tokens}"
         )
+    if settings.layers is not None:
+        if max(settings.layers) > config.num_hidden_layers:
+            raise SettingsError(
+                f"encoder.layers must lie in 1..{config.num_hidden_layers}, the layers of "
+                f"{settings.path}, got {max(settings.layers)}"
+            )
+        config.num_hidden_layers = len(settings.layers)
     specials = checkpoint_specials(settings.path)
     architecture = {
         key: value
@@ -182,4 +192,5 @@ def _checkpoint_spec(settings: CheckpointEncoder) -> EncoderSpec:
         specials=specials,
         architecture=architecture,
         checkpoint=settings.path,
+        checkpoint_layers=settings.layers,
     )

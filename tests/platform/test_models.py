@@ -246,6 +246,29 @@ def test_an_encoder_starts_from_a_local_checkpoint(bert_checkpoint: Path) -> Non
     rebuilt.load_state_dict(encoder.state_dict())
 
 
+def test_an_encoder_is_made_of_picked_layers_of_a_checkpoint(bert_checkpoint: Path) -> None:
+    settings = CheckpointEncoder(
+        kind="checkpoint", path=bert_checkpoint, max_tokens=16, layers=(2,)
+    )
+    spec = encoder_spec(settings)
+    assert spec.num_layers == 1
+    whole = TextEncoder(encoder_spec(settings.model_copy(update={"layers": None}))).state_dict()
+    picked = TextEncoder(spec)
+    for name, value in picked.state_dict().items():
+        if "word_embeddings" not in name:  # the role markers' rows are drawn
+            assert torch.equal(value, whole[name.replace("layer.0.", "layer.1.")]), name
+    rebuilt = TextEncoder(spec.model_copy(update={"checkpoint": None}), pretrained=False)
+    rebuilt.load_state_dict(picked.state_dict())
+
+
+def test_a_layer_that_a_checkpoint_lacks_is_refused(bert_checkpoint: Path) -> None:
+    settings = CheckpointEncoder(
+        kind="checkpoint", path=bert_checkpoint, max_tokens=16, layers=(1, 3)
+    )
+    with pytest.raises(SettingsError, match=r"layers must lie in 1\.\.2, the layers of .*, got 3"):
+        encoder_spec(settings)
+
+
 def test_a_checkpoint_that_is_no_folder_with_a_config_is_refused(tmp_path: Path) -> None:
     checkpoint = CheckpointEncoder(kind="checkpoint", path=tmp_path / "none")
     with pytest.raises(SettingsError, match=r"must be a local folder with config\.json"):
