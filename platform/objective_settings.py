@@ -15,8 +15,7 @@ from driftline.platform.distillation.schedules import Weight
 from driftline.platform.distillation.soft_losses import KlLoss, SoftLoss
 from driftline.platform.distillation.temperatures import ConstantTemperature, ExampleTemperature
 
-ObjectiveTask = Literal["clicks", "tokens", "vocabulary"]
-NOTHING = Weight(base=0.0)
+ObjectiveTask = Literal["clicks", "tokens"]
 
 
 class ObjectiveSettings(Settings):
@@ -51,8 +50,6 @@ class ObjectiveSettings(Settings):
     tokens: Literal["all", "masked"] = "all"
     """Where a masked-language stage asks the teacher: at every token or at the masked ones only
     (papers.md A3.3)."""
-    variable_weight: Weight = NOTHING
-    """Of the shared projections of the weights in dual-vocabulary training (papers.md S4.8)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -79,8 +76,8 @@ class ObjectiveSettings(Settings):
                 f"give hard_weight and soft_weight together (0 leaves a part out), got only "
                 f"{given[0]}"
             )
-        if not (self.needs_labels or self.needs_soft_labels or self.matches):
-            raise ValueError("every weight is 0 and there is no match: nothing would be learned")
+        if not (self.needs_labels or self.needs_teacher):
+            raise ValueError("every weight is 0: nothing would be learned")
         lowest = self.example_temperature.lowest
         if lowest is not None and lowest > self.temperature:
             raise ValueError(
@@ -116,32 +113,29 @@ class ObjectiveSettings(Settings):
     @property
     def needs_teacher(self) -> bool:
         """Whether there must be a teacher: for soft labels or for matches."""
-        return self.needs_soft_labels or bool(self.matches)
+        return self.needs_soft_labels or self.needs_features
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether the teacher's inner tensors count at all."""
+        return any(match.weight.base > 0 for match in self.matches)
 
     def check_task(self, task: ObjectiveTask) -> None:
         """Refuse parts that a task would ignore; call before the training starts.
 
         Args:
-            task: ``clicks`` or other labels of rows; ``tokens``, masked-language distillation;
-                ``vocabulary``, dual-vocabulary training.
+            task: ``clicks`` or other labels of rows, or ``tokens``: masked-language distillation.
 
         Raises:
             ValueError: a part that the task has not.
         """
-        if task != "vocabulary" and self.variable_weight != NOTHING:
-            raise ValueError(
-                "objective.variable_weight (preset zhao) weighs shared projections, which only "
-                f"dual-vocabulary training has, not a stage over {task}"
-            )
         if task == "clicks" and self.tokens != "all":
             raise ValueError(
                 f"objective.tokens concerns masked-language distillation, got {self.tokens!r} for "
                 "a stage over clicks"
             )
-        if task != "clicks" and self.probability_shift:
-            raise ValueError("objective.probability_shift needs clicks; leave it out of others")
-        if task == "vocabulary" and self.needs_teacher:
+        if task == "tokens" and self.probability_shift:
             raise ValueError(
-                "dual-vocabulary training has hard labels and shared projections only, got soft "
-                "labels or matches in its objective; use preset: zhao"
+                "objective.probability_shift lets the clicked class win; leave it out of "
+                "masked-language distillation"
             )

@@ -22,6 +22,7 @@ from driftline.platform.distillation.match_points import (
     LayerMatch,
     ModelShape,
     Point,
+    layer_pairs,
     refuse_other_tokens,
 )
 
@@ -64,7 +65,7 @@ class AttentionMatch(LayerMatch):
                 + "; attention_mse_sum and attention_ce_mean allow numbers that differ"
                 * all(heads)
             )
-        pairs = self.layers.resolve(student.num_layers, teacher.num_layers, first=1)
+        pairs = layer_pairs(self.kind, self.layers, student, teacher, first=1)
         kind: Literal["scores", "attention"] = "scores" if self.on == "scores" else "attention"
         return tuple(Point((FeatureKey(kind, s),), (FeatureKey(kind, t),)) for s, t in pairs)
 
@@ -86,6 +87,10 @@ class AttentionMse(AttentionMatch):
         """See ``Match``. ``[B, A, T, T]``."""
         return mean_square(_heads(student[0]), _heads(teacher[0]), mask_BT, compat=self.compat)
 
+    def row_weights(self, lengths_B: "Tensor") -> "Tensor":
+        """By pairs of tokens."""
+        return lengths_B**2
+
 
 class AttentionMseSum(AttentionMatch):
     """``attention_mse`` of the sum over the heads, whose numbers may differ."""
@@ -103,6 +108,10 @@ class AttentionMseSum(AttentionMatch):
         """See ``Match``. ``[B, A, T, T]``, or ``[B, T, T]`` already summed."""
         sum_S, sum_T = (_heads(x[0]).sum(dim=1, keepdim=True) for x in (student, teacher))
         return mean_square(sum_S, sum_T, mask_BT, compat=self.compat)
+
+    def row_weights(self, lengths_B: "Tensor") -> "Tensor":
+        """By pairs of tokens."""
+        return lengths_B**2
 
 
 class AttentionCe(AttentionMatch):
@@ -214,9 +223,12 @@ def cross_entropy(
 def distribution(x_BATT: "Tensor", mask_BT: "Tensor | None", *, on: On) -> "tuple[Tensor, Tensor]":
     """Probabilities over the real keys and their logarithms. ``[B, A, T, T]`` each.
 
-    Keys that are padding have probability 0 and, so that sums stay finite, logarithm 0.
+    Keys that are padding have probability 0 and, so that sums stay finite, logarithm 0. What
+    stands in queries that are padding, be it infinite, is not read.
     """
     padding_B11T = None if mask_BT is None else (mask_BT == 0)[:, None, None, :]
+    if padding_B11T is not None:
+        x_BATT = x_BATT.masked_fill(padding_B11T.transpose(2, 3), 0.0)
     if on == "probabilities":
         p_BATT = x_BATT if padding_B11T is None else x_BATT.masked_fill(padding_B11T, 0.0)
         log_p_BATT = x_BATT.clamp(min=TINY).log()

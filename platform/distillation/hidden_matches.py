@@ -15,6 +15,7 @@ from driftline.platform.distillation.match_points import (
     Match,
     ModelShape,
     Point,
+    layer_pairs,
     refuse_other_tokens,
 )
 
@@ -139,6 +140,10 @@ class Fsp(Gram):
         gram_S, gram_T = (_width_products(side, mask_BT) for side in (student, teacher))
         return ((gram_S - gram_T) ** 2).mean()
 
+    def row_weights(self, lengths_B: "Tensor") -> "Tensor":
+        """One product a row."""
+        return lengths_B**0
+
 
 class Nst(Gram):
     """Token x token products G = X_a X_b^T / H; mean (G_S - G_T)^2. The widths may differ.
@@ -154,7 +159,7 @@ class Nst(Gram):
     def single_points(self, student: ModelShape, teacher: ModelShape) -> tuple[Point, ...]:
         """No projection unless asked for."""
         refuse_other_tokens(self.kind, student, teacher)
-        pairs = self.layers.resolve(student.num_layers, teacher.num_layers, first=0)
+        pairs = layer_pairs(self.kind, self.layers, student, teacher, first=0)
         widths = None
         if self.projection is not None:
             widths = self.projected("hidden state", student.width, teacher.width)
@@ -177,6 +182,10 @@ class Nst(Gram):
         m_BT = mask_BT.to(square_BTT.dtype)
         num_pairs = (m_BT.sum(dim=1) ** 2).sum().clamp(min=1)
         return (square_BTT * m_BT[:, :, None] * m_BT[:, None, :]).sum() / num_pairs
+
+    def row_weights(self, lengths_B: "Tensor") -> "Tensor":
+        """By pairs of tokens."""
+        return lengths_B**2
 
 
 class ModuleMatch(Match):
@@ -231,6 +240,10 @@ class ModuleMatch(Match):
             )
         measure = squared_difference if self.measure == "mse" else cosine_distance
         return measure(wide(student[0]), wide(teacher[0]), mask_BT if self.tokens else None)
+
+    def row_weights(self, lengths_B: "Tensor") -> "Tensor":
+        """By tokens, where the outputs are of tokens."""
+        return lengths_B if self.tokens else super().row_weights(lengths_B)
 
 
 def squared_difference(student: "Tensor", teacher: "Tensor", mask: "Tensor | None") -> "Tensor":

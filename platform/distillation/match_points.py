@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import field_validator
 
 from driftline.platform.distillation.keys import FeatureKey, FeatureKind
-from driftline.platform.distillation.layer_maps import LayerMap, UniformMap
+from driftline.platform.distillation.layer_maps import LayerMap, Pairs, UniformMap
 from driftline.platform.distillation.projections import Projection
 from driftline.platform.distillation.schedules import Weight
 from driftline.platform.kinds import Kind
@@ -29,6 +29,7 @@ class ModelShape:
     """What a match must know of a model."""
 
     num_layers: int
+    """0 for a model whose layers are not known: then only its modules can be matched."""
     width: int
     """Of the hidden states."""
     num_heads: int = 0
@@ -38,6 +39,8 @@ class ModelShape:
     tell theirs must agree before anything is matched token by token."""
     modules: Mapping[str, int] = field(default_factory=dict)
     """Last dimension of the output of each module that a match may name, by its path."""
+    cls_width: int | None = None
+    """Of the vector of a whole row, where it differs: a twin student has one of each product."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,17 @@ class Match(Kind):
             mask_BT: 1 for tokens, 0 for padding; None where nothing is padded. ``[B, T]``.
         """
 
+    def row_weights(self, lengths_B: "Tensor") -> "Tensor":
+        """How much each row counts in the mean that ``loss`` is. ``[B]``.
+
+        Workers that share a step join their means by it. Rows count alike unless a match says
+        otherwise.
+
+        Args:
+            lengths_B: Tokens of each row. ``[B]``, floating point.
+        """
+        return lengths_B**0
+
     def projected(
         self, keys: str, student_width: int, teacher_width: int
     ) -> tuple[int, int] | None:
@@ -119,12 +133,38 @@ class LayerMatch(Match):
         """One point for each pair of layers."""
         if self.by_token:
             refuse_other_tokens(self.kind, student, teacher)
-        pairs = self.layers.resolve(student.num_layers, teacher.num_layers, first=0)
-        widths = self.projected(f"{self.feature} state", student.width, teacher.width)
+        pairs = layer_pairs(self.kind, self.layers, student, teacher, first=0)
+        widths = self.projected(
+            f"{self.feature} state", _width(student, self.feature), _width(teacher, self.feature)
+        )
         return tuple(
             Point((FeatureKey(self.feature, s),), (FeatureKey(self.feature, t),), widths)
             for s, t in pairs
         )
+
+    def row_weights(self, lengths_B: "Tensor") -> "Tensor":
+        """By tokens, where these are compared."""
+        return lengths_B if self.by_token else super().row_weights(lengths_B)
+
+
+def layer_pairs(
+    kind: str, layers: LayerMap, student: ModelShape, teacher: ModelShape, *, first: int
+) -> Pairs:
+    """(student's layer, teacher's layer) of a match.
+
+    Raises:
+        ValueError: the map is impossible, or the layers of a model are not known.
+    """
+    for side, shape in (("student", student), ("teacher", teacher)):
+        if shape.num_layers < 1:
+            raise ValueError(
+                f"match {kind}: the {side} has no layers that can be found; match its modules by "
+                "path with kind: module"
+            )
+    try:
+        return layers.resolve(student.num_layers, teacher.num_layers, first=first)
+    except ValueError as error:
+        raise ValueError(f"match {kind}: {error}") from error
 
 
 def refuse_other_tokens(kind: str, student: ModelShape, teacher: ModelShape) -> None:
@@ -139,3 +179,7 @@ def refuse_other_tokens(kind: str, student: ModelShape, teacher: ModelShape) -> 
             f"the teacher {teacher.tokens!r}; match whole rows instead (pkd, or module on pooled "
             "vectors), or give both the same vocabulary and input"
         )
+
+
+def _width(shape: ModelShape, feature: FeatureKind) -> int:
+    return shape.cls_width or shape.width if feature == "cls" else shape.width

@@ -39,8 +39,10 @@ PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {
         "tau_squared": True,
         "matches": [{"kind": "cos", "weight": 1 / 3, "projection": "linear"}],
     },
-    # Dual vocabulary with shared projections: L_p + eps CE, eps = 1 (S4.8)
-    "zhao": {"hard_weight": 1.0, "soft_weight": 0.0, "variable_weight": 1.0},
+    # Optimal subwords (S4.8): no soft labels, cross-entropy alone. The shared projections of
+    # L_p + eps CE are of weights, not of rows: they come from ``init: dual_vocabulary``, whose
+    # defaults are the paper's.
+    "zhao": {"hard_weight": 1.0, "soft_weight": 0.0},
 }
 
 
