@@ -13,6 +13,7 @@ from driftline.features.log import ImpressionLog
 from driftline.features.store import feature_view_versions
 from driftline.pipelines.labels import SoftLabels, shift_prior
 from driftline.pipelines.provenance import code_version, settings_hash
+from driftline.pipelines.student_vocabulary import small_tokenizer
 from driftline.pipelines.teacher import open_tokenizer
 from driftline.pipelines.training_sets import newest
 from driftline.platform.artefacts import hash_file
@@ -31,10 +32,12 @@ MAX_CALIBRATION_ROWS = 50_000
 
 
 def student_tokenizer(settings: DriftlineSettings) -> Tokenizer:
-    """The teacher's tokeniser (papers.md S0.26), or that of the student's own checkpoint."""
+    """The teacher's tokeniser (papers.md S0.26), the student's own small one, or a checkpoint's."""
     encoder = settings.student.encoder
     if isinstance(encoder, CheckpointEncoder):
         return Tokenizer(encoder.path)
+    if settings.student.vocabulary_size is not None:
+        return small_tokenizer(settings, vocabulary_size=settings.student.vocabulary_size)
     return open_tokenizer(settings)
 
 

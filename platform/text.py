@@ -100,12 +100,18 @@ def _write_column(column: pa.ChunkedArray) -> pa.Array:
 
 
 def train_tokenizer(
-    sentences: Iterable[str], destination: Path, *, settings: TokenizerSettings, seed: int
+    sentences: Iterable[str],
+    destination: Path,
+    *,
+    settings: TokenizerSettings,
+    seed: int,
+    setting: str = "tokenizer.vocabulary_size",
 ) -> None:
     """Train SentencePiece BPE with byte fallback and write the model file.
 
     A corpus too small for the vocabulary gives a smaller one. Sentences beyond
-    ``settings.max_sentences`` are sampled evenly from ``seed``.
+    ``settings.max_sentences`` are sampled evenly from ``seed``. ``setting`` is what a message calls
+    the size.
 
     Source: papers.md S0.26, A0.13.
 
@@ -144,7 +150,7 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         raise SettingsError(
-            f"tokenizer.vocabulary_size {settings.vocabulary_size} does not fit this corpus of "
+            f"{setting} {settings.vocabulary_size} does not fit this corpus of "
             f"{len(corpus)} sentences; change it ({error})"
         ) from error
     with whole_file(destination) as scratch:

@@ -35,7 +35,55 @@ from driftline.platform.vocabulary.words import WordTexts
 
 logger = logging.getLogger(__name__)
 
+BERT: Final = "bert"
 FORMAT: Final = 1  # raise when the same job would give other weights
+
+
+def check_models(
+    student: ModelSpec, teacher: TeacherSpec | None, *, recipe: DualVocabulary
+) -> None:
+    """Make sure that a student can be trained beside a teacher, before anything is.
+
+    Raises:
+        ValueError: the student has no encoder.
+        SettingsError: it has the weights of a checkpoint; widths, depths, vocabularies or
+            architectures do not fit.
+    """
+    own, _ = student_encoders(student)
+    if own.checkpoint is not None:
+        raise SettingsError(
+            f"init dual_vocabulary trains a student's encoder from noise, in a vocabulary of its "
+            f"own; the checkpoint {own.checkpoint} has weights and a vocabulary; use an encoder of "
+            "kind 'config'"
+        )
+    _check_heads("student", own)
+    if teacher is None:
+        return
+    theirs = teacher.encoder
+    if own.vocabulary_size >= theirs.vocabulary_size:
+        raise SettingsError(
+            f"init dual_vocabulary needs a student with a smaller vocabulary than the teacher's "
+            f"{theirs.vocabulary_size} pieces, got {own.vocabulary_size}; set "
+            "student.vocabulary_size below that"
+        )
+    if not recipe.has_teacher:
+        return
+    _check_heads("teacher", theirs)
+    recipe.layers(own.num_layers, theirs.num_layers)
+    kind = (theirs.architecture or {}).get("model_type", BERT)
+    if recipe.direction is not None and kind != BERT:
+        raise SettingsError(
+            f"shared projections pair the weights of two BERT encoders, the teacher is a {kind!r}; "
+            "use variant 'dual'"
+        )
+
+
+def _check_heads(whose: str, spec: EncoderSpec) -> None:
+    if spec.hidden_size % spec.num_heads:
+        raise SettingsError(
+            f"the {whose}'s hidden_size {spec.hidden_size} must be a multiple of its "
+            f"{spec.num_heads} attention heads"
+        )
 
 
 @dataclass(frozen=True)
@@ -56,24 +104,12 @@ class DualJob:
     seed: int
 
     def __post_init__(self) -> None:
-        own, _ = student_encoders(self.student)
-        _check_heads("student", own)
         if (self.teacher is not None) != self.recipe.has_teacher:
             raise ValueError(
                 f"stage {self.name}: variant {self.recipe.variant!r} needs "
                 f"{'a' if self.recipe.has_teacher else 'no'} teacher"
             )
-        if self.teacher is None:
-            return
-        theirs = self.teacher.encoder
-        _check_heads("teacher", theirs)
-        self.recipe.layers(own.num_layers, theirs.num_layers)
-        if own.vocabulary_size >= theirs.vocabulary_size:
-            raise SettingsError(
-                f"stage {self.name}: the student's vocabulary must be smaller than the teacher's "
-                f"{theirs.vocabulary_size} pieces, got {own.vocabulary_size}; lower "
-                "student.vocabulary_size"
-            )
+        check_models(self.student, self.teacher, recipe=self.recipe)
 
     def identity(self) -> str:
         """Hash of everything that decides the result, contents of the files included."""
@@ -272,14 +308,6 @@ def _measures(total: NDArray[np.float64], prefix: str) -> dict[str, float]:
     losses, hits, num_masked = total
     count = max(1.0, num_masked)
     return {f"{prefix}loss": float(losses / count), f"{prefix}accuracy": float(hits / count)}
-
-
-def _check_heads(whose: str, spec: EncoderSpec) -> None:
-    if spec.hidden_size % spec.num_heads:
-        raise SettingsError(
-            f"the {whose}'s hidden_size {spec.hidden_size} must be a multiple of its "
-            f"{spec.num_heads} attention heads"
-        )
 
 
 def _to_result(now: Progression, *, core_seconds: float) -> StageResult:

@@ -14,7 +14,7 @@ from driftline.platform.initialisers import Initialiser, Nursery
 from driftline.platform.training_settings import StageSettings
 
 if TYPE_CHECKING:
-    from driftline.platform.models.spec import TeacherSpec
+    from driftline.platform.models.spec import ModelSpec, TeacherSpec
     from driftline.platform.stages import StageResult
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -105,6 +105,12 @@ class DualVocabulary(Initialiser):
             )
         return self.layer_map
 
+    def check(self, spec: "ModelSpec", teacher: "TeacherSpec | None" = None) -> None:
+        """See ``Initialiser``."""
+        from driftline.platform.vocabulary.dual_training import check_models
+
+        check_models(spec, teacher, recipe=self)
+
     def weights(self, nursery: Nursery) -> tuple[Path, ...]:
         """Encoders only.
 
@@ -114,6 +120,7 @@ class DualVocabulary(Initialiser):
         """
         from driftline.platform.vocabulary.dual_training import DualJob, run_dual
 
+        self.check(nursery.spec, nursery.teacher[0])
         teacher, start = self._teacher(nursery) if self.has_teacher else (None, None)
         corpus, held_out = self._corpora(nursery)
         job = DualJob(
@@ -137,12 +144,6 @@ class DualVocabulary(Initialiser):
         from driftline.platform.vocabulary.words import WordTexts, hold_out
 
         theirs, own = nursery.tokenizers
-        if own.vocabulary_size >= theirs.vocabulary_size:
-            raise SettingsError(
-                f"init dual_vocabulary needs a student with a smaller vocabulary than the "
-                f"teacher's {theirs.vocabulary_size} pieces, got {own.vocabulary_size}; set "
-                "student.vocabulary_size"
-            )
 
         def corpus(name: str, texts: list[str]) -> Path:
             def write(path: Path) -> None:

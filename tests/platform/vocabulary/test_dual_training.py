@@ -124,8 +124,8 @@ def test_what_the_teacher_learns_reaches_the_students_table(market: Any, share: 
             assert table.grad is not None
             assert bool(table.grad.abs().sum() > 0) == (share > 0)
         assert bool(bridge.map.weight.grad.abs().sum() > 0) == (share > 0)
-        attention = model._encoder(0).backbone.encoder.layer[0].attention.self  # type: ignore[union-attr, index]
-        assert attention.query.weight.grad is None  # type: ignore[union-attr]
+        backbone: Any = model._encoder(0).backbone
+        assert backbone.encoder.layer[0].attention.self.query.weight.grad is None
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -135,7 +135,7 @@ def test_every_weight_has_a_gradient_in_every_step(market: Any, variant: str, sh
     job = market.job(variant, recipe={"student_share": share})
     model = built(job)
     task = DualTask(job, workers=Workers())
-    task.loss(model, np.arange(8), step=1, device=CPU).backward()
+    task.loss(model, np.arange(8), step=1, device=CPU).backward()  # type: ignore[no-untyped-call]
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
@@ -347,8 +347,11 @@ def test_a_teacher_without_masked_language_weights_is_said_so(nursery: Any) -> N
 
 
 def test_a_student_that_shares_the_teachers_vocabulary_is_refused(nursery: Any) -> None:
-    nursery.tokenizers = (nursery.tokenizers[0], nursery.tokenizers[0])
-    with pytest.raises(SettingsError, match=r"got \d+; set student.vocabulary_size"):
+    encoder = nursery.spec.encoder.model_copy(
+        update={"vocabulary_size": nursery.teacher[0].encoder.vocabulary_size}
+    )
+    nursery.spec = nursery.spec.model_copy(update={"encoder": encoder})
+    with pytest.raises(SettingsError, match=r"got \d+; set student.vocabulary_size below"):
         DualVocabulary(variant="none").weights(nursery)
 
 
@@ -377,11 +380,17 @@ def test_jobs_that_cannot_be_are_refused_before_anything_is_trained(market: Any)
         changed = encoder.model_copy(update=changes)
         return {"student": market.student.model_copy(update={"encoder": changed})}
 
+    foreign = market.teacher.encoder.model_copy(
+        update={"architecture": {"model_type": "distilbert"}}
+    )
+    other_teacher = {"teacher": market.teacher.model_copy(update={"encoder": foreign})}
     for changes, message in (
-        (student(vocabulary_size=480), "must be smaller than the teacher's 4.. pieces, got 480"),
+        (student(vocabulary_size=480), "vocabulary than the teacher's 4.. pieces, got 480"),
+        (student(checkpoint=Path("bert")), "the checkpoint bert has weights and a vocabulary"),
         (student(num_heads=3), "student's hidden_size 16 must be a multiple of its 3 attention"),
         ({"recipe": {"layer_map": (0, 3)}}, r"layers of the teacher's 0 to 2.*got \[0, 3\]"),
         ({"recipe": {"layer_map": (0,)}}, "must name 2 layers"),
+        (other_teacher, "of two BERT encoders, the teacher is a 'distilbert'; use variant 'dual'"),
         ({"teacher": None}, "variant 'dual_up' needs a teacher"),
         ({"student": MlpSpec()}, "needs a student with an encoder"),
     ):

@@ -1,0 +1,77 @@
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.pipelines.conftest import NOW, small_settings
+from torch import nn
+
+from driftline.features.quality import check_log
+from driftline.features.simulate import simulate
+from driftline.pipelines.prepare import prepare_features
+from driftline.pipelines.student import student_tokenizer
+from driftline.pipelines.student_vocabulary import small_tokenizer, vocabulary_report
+from driftline.pipelines.teacher import MASKED, Teacher, open_tokenizer, train_teacher
+from driftline.platform.artefacts import hash_file
+from driftline.platform.checkpoints import load_weights
+from driftline.platform.errors import SettingsError
+from driftline.platform.models.encoder import TextEncoder
+from driftline.platform.models.spec import TeacherSpec
+from driftline.platform.settings import DriftlineSettings
+from driftline.platform.workspace import Workspace
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> DriftlineSettings:
+    """A market with a teacher, for a student with 330 pieces of its own."""
+    settings = small_settings(tmp_path_factory.mktemp("vocabulary") / "market")
+    student = settings.student.model_copy(update={"vocabulary_size": 330})
+    settings = settings.model_copy(update={"student": student})
+    workspace = Workspace.of(settings)
+    simulate(settings, workspace.log)
+    check_log(workspace.log, workspace.clean, settings=settings, now=NOW)
+    prepare_features(settings)
+    train_teacher(settings)
+    return settings
+
+
+def test_the_students_tokenizer_is_learned_with_the_teachers_and_only_once(
+    taught: DriftlineSettings,
+) -> None:
+    path = Workspace.of(taught).student_tokenizer(330)
+    before = path.stat().st_mtime_ns
+    tokenizer = student_tokenizer(taught)
+    assert tokenizer.path == path
+    assert tokenizer.vocabulary_size <= 330 < open_tokenizer(taught).vocabulary_size
+    assert path.stat().st_mtime_ns == before
+    found = hash_file(path)
+    path.unlink()
+    assert student_tokenizer(taught).hash == found  # from the same corpus, whenever it is asked for
+    shared = taught.model_copy(
+        update={"student": taught.student.model_copy(update={"vocabulary_size": None})}
+    )
+    assert student_tokenizer(shared).path == open_tokenizer(taught).path
+
+
+def test_a_vocabulary_too_small_for_the_corpus_is_refused(taught: DriftlineSettings) -> None:
+    with pytest.raises(SettingsError, match=r"student\.vocabulary_size 260 does not fit"):
+        small_tokenizer(taught, vocabulary_size=260)
+
+
+def test_the_report_is_of_the_markets_texts(taught: DriftlineSettings) -> None:
+    report = vocabulary_report(
+        taught, teacher=open_tokenizer(taught), student=student_tokenizer(taught)
+    )
+    assert report.num_texts >= 60
+    assert report.student.fertility > report.teacher.fertility > 1
+    assert report.overlap > 0.9
+
+
+def test_the_teacher_keeps_its_weights_from_before_the_clicks(taught: DriftlineSettings) -> None:
+    teacher = Teacher.open(Workspace.of(taught))
+    masked = teacher.path / MASKED
+    assert set(load_file(masked)) < set(load_file(teacher.weights))
+    spec = TeacherSpec.model_validate(teacher.manifest["spec"])
+    holder = nn.ModuleDict({"encoder": TextEncoder(spec.encoder, pretrained=False)})
+    load_weights(holder, masked)
+    frozen = load_file(teacher.weights)
+    own = holder.state_dict()
+    assert any(not torch.equal(own[name], frozen[name]) for name in own)
