@@ -63,7 +63,8 @@ class MlpPeer:
         )
         new = cls(Path(tempfile.mkdtemp()), spec, tabular, settings.labels.negative_keep_rate)
         write_student_texts(settings, known_texts(settings, as_of=as_of), new.folder / TEXTS)
-        new._train(settings, frame, initial=(), stage=settings.student.arms_refresh.head)
+        stage = settings.student.arms_refresh.head or StageSettings()
+        new._train(settings, frame, initial=(), stage=stage)
         return new
 
     def continued(self, settings: DriftlineSettings, span: Window, *, as_of: datetime) -> "MlpPeer":

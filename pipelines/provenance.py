@@ -13,7 +13,7 @@ from driftline.platform.artefacts import hash_value
 from driftline.platform.settings import DriftlineSettings
 
 NOT_MODEL_SETTINGS = frozenset(
-    {"workspace", "serving", "cadence", "ray", "registry", "replay", "gate"}
+    {"workspace", "serving", "cadence", "ray", "registry", "replay", "gate", "search"}
 )
 
 

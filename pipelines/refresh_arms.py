@@ -1,8 +1,8 @@
 """The monthly refresh: new arms, new vectors, and with them a new head, in one bundle.
 
-MLM on the catalogue's texts, distillation on the stale rows, fine-tuning on the recent ones,
-self-training on both; then every text is encoded, the head calibrated, the whole judged and
-published (papers.md S0.17-S0.20, S0.33).
+The strategy of ``student.arms_refresh`` gives a student (papers.md S0.17-S0.20, S0.33); every text
+is encoded, the head catches up with the last hours and is calibrated, the whole judged and
+published.
 """
 
 import logging
@@ -11,8 +11,8 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-from driftline.pipelines.arms_training import ArmsTraining
-from driftline.pipelines.prepare import prepare_features
+from driftline.pipelines.arms_training import FreshArms, arms_laboratory, train_arms
+from driftline.pipelines.laboratory import Laboratory
 from driftline.pipelines.provenance import settings_hash
 from driftline.pipelines.publish import Challenger, champion_before, publish
 from driftline.pipelines.records import RefreshRecord, read_record
@@ -22,8 +22,8 @@ from driftline.pipelines.student import (
     calibrated,
     lineage,
     newest_validation,
-    student_tokenizer,
 )
+from driftline.pipelines.student_forms import TwinForm
 from driftline.platform.artefacts import link_or_copy, whole_directory
 from driftline.platform.bundle import (
     ARMS,
@@ -35,6 +35,7 @@ from driftline.platform.bundle import (
     write_bundle,
 )
 from driftline.platform.checkpoints import extract_weights
+from driftline.platform.models.spec import HeadOnlySpec
 from driftline.platform.scorer import student_json
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.workspace import Workspace
@@ -61,31 +62,30 @@ def refresh_arms(
         logger.info("arms refresh of %s was done before: %s", done.as_of, done.decision)
         return done
     started, cpu_started = time.monotonic(), time.process_time()
-    prepare_features(settings, as_of=as_of)
-    training = ArmsTraining.prepare(settings, as_of=as_of, progress=progress)
-    weights = training.run()
-    vectors = training.encode(weights)
-    head = training.train_head(weights, vectors)
-    scorer = training.scorer(head, vectors)
-    recent = training.recent_frame
-    calibration = calibrated(settings, scorer, newest_validation(settings, recent))
-    arms = _keep(training, weights, head, vectors)
+    laboratory = arms_laboratory(settings, as_of=as_of, progress=progress)
+    trained = train_arms(laboratory, progress=progress)
+    calibration = calibrated(
+        settings, trained.scorer, newest_validation(settings, laboratory.id_frame)
+    )
+    arms = _keep(laboratory, trained)
     champion = champion_before(settings, as_of, kind="arms")
-    tokenizer = training.scratch / TOKENIZER
-    if training.has_text:
-        student_tokenizer(settings).save(tokenizer)
+    tokenizer = laboratory.folder / TOKENIZER
+    if laboratory.has_text:
+        laboratory.tokenizer.save(tokenizer)
+    form = trained.student.form
+    assert isinstance(form, TwinForm)
     bundle = write_bundle(
         workspace.bundles,
         BundleParts(
-            head=arms / HEAD,
-            arms=arms / ARMS if training.has_text else None,
+            head=trained.published_head,
+            arms=arms / ARMS if laboratory.has_text else None,
             vectors=arms / VECTORS,
-            tokenizer=tokenizer if training.has_text else None,
-            tabular=training.tabular,
+            tokenizer=tokenizer if laboratory.has_text else None,
+            tabular=trained.scorer.tabular,
             calibration=calibration,
             student=student_json(
-                training.head_spec,
-                training.encoder.model_dump(mode="json") if training.encoder else None,
+                HeadOnlySpec(head=form.head),
+                form.encoder.model_dump(mode="json") if form.encoder else None,
                 tie_arms=settings.student.tie_arms,
             ),
             contract=bundle_contract(settings),
@@ -93,9 +93,9 @@ def refresh_arms(
                 settings,
                 kind="arms",
                 as_of=as_of,
-                window=training.window,
-                num_rows=training.num_rows,
-                teacher=training.store.teacher.hash[:12],
+                window=laboratory.id_window,
+                num_rows=trained.num_rows,
+                teacher=laboratory.teacher.hash[:12],
                 arms=arms.name,
                 parent=champion.fingerprint if champion else None,
             ),
@@ -105,23 +105,24 @@ def refresh_arms(
         settings,
         Challenger(
             bundle=bundle,
-            num_rows=training.num_rows,
+            num_rows=trained.num_rows,
             seconds=time.monotonic() - started,
-            core_seconds=time.process_time() - cpu_started + training.core_seconds,
+            core_seconds=time.process_time() - cpu_started + trained.core_seconds,
         ),
         champion=champion,
         as_of=as_of,
-        scratch=training.scratch,
+        scratch=laboratory.folder,
     )
 
 
-def _keep(training: ArmsTraining, weights: Path, head: Path, vectors: Path) -> Path:
+def _keep(laboratory: Laboratory, trained: FreshArms) -> Path:
     """Keep arms, vectors and the head they were born with, under the arms' own name."""
-    destination = Workspace.of(training.settings).arms / arms_id(weights)
+    weights = trained.student.weights
+    destination = Workspace.of(laboratory.settings).arms / arms_id(weights)
     with whole_directory(destination) as folder:
-        if training.has_text:
+        if laboratory.has_text:
             extract_weights(weights, folder / ARMS, prefix="arms.")
-        link_or_copy(head, folder / HEAD)
-        link_or_copy(vectors, folder / VECTORS)
-        (folder / TABULAR).write_text(training.tabular.to_json())
+        link_or_copy(trained.head, folder / HEAD)
+        link_or_copy(trained.vectors, folder / VECTORS)
+        (folder / TABULAR).write_text(trained.tabular.to_json())
     return destination

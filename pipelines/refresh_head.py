@@ -7,17 +7,14 @@ about the new rows, continue training, calibrate, bundle, judge, publish.
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from driftline.features.log import ImpressionLog
 from driftline.features.texts import known_texts
-from driftline.pipelines.labels import SoftLabels
+from driftline.pipelines.head_training import HeadStart, train_head
 from driftline.pipelines.prepare import prepare_features
 from driftline.pipelines.provenance import settings_hash
 from driftline.pipelines.publish import Challenger, champion_before, publish
@@ -27,10 +24,9 @@ from driftline.pipelines.student import (
     calibrated,
     lineage,
     newest_validation,
-    soft_labels,
     write_student_texts,
 )
-from driftline.pipelines.training_sets import replayed_frame, split_rows, write_pair_examples
+from driftline.pipelines.training_sets import replayed_frame
 from driftline.platform.bundle import (
     ARMS,
     HEAD,
@@ -38,17 +34,14 @@ from driftline.platform.bundle import (
     VECTORS,
     Bundle,
     BundleParts,
-    Calibration,
     VectorCache,
     write_bundle,
 )
 from driftline.platform.errors import MissingArtefactError
 from driftline.platform.inference import encode_texts, load_model
 from driftline.platform.models.spec import HeadOnlySpec
-from driftline.platform.ray_runtime import fit
-from driftline.platform.scorer import Scorer, load_head, twin_spec
+from driftline.platform.scorer import twin_spec
 from driftline.platform.settings import DriftlineSettings
-from driftline.platform.stages import StageJob
 from driftline.platform.windows import Window, format_time
 from driftline.platform.workspace import Workspace
 
@@ -83,21 +76,24 @@ def refresh_head(
     scratch = workspace.scratch / f"head-{format_time(as_of).replace(':', '')}"
     vectors = _current_vectors(settings, champion, scratch, as_of=as_of)
     rows, window = _training_rows(settings, as_of)
-    trained, num_rows, core_seconds = _train(
-        settings, champion, vectors, rows, scratch=scratch, progress=progress
+    refresh = settings.student.head_refresh
+    start = HeadStart(
+        weights=champion.path / HEAD if refresh.warm_start else _arms_head(settings, champion),
+        spec=HeadOnlySpec.model_validate(champion.student["head"]),
+        tabular=champion.tabular,
+        vectors=vectors,
     )
-    scorer = replace(
-        trained, calibration=calibrated(settings, trained, newest_validation(settings, rows))
-    )
+    trained = train_head(settings, start, rows, scratch=scratch, progress=progress)
+    calibration = calibrated(settings, trained.scorer, newest_validation(settings, rows))
     bundle = write_bundle(
         workspace.bundles,
         BundleParts(
-            head=scratch / HEAD,
+            head=trained.weights,
             arms=_existing(champion.path / ARMS),
             vectors=vectors,
             tokenizer=_existing(champion.path / TOKENIZER),
-            tabular=scorer.tabular,
-            calibration=scorer.calibration,
+            tabular=trained.scorer.tabular,
+            calibration=calibration,
             student=champion.student,
             contract=bundle_contract(settings),
             lineage=lineage(
@@ -105,7 +101,7 @@ def refresh_head(
                 kind="head",
                 as_of=as_of,
                 window=window,
-                num_rows=num_rows,
+                num_rows=trained.num_rows,
                 teacher=str(champion.lineage["teacher"]),
                 arms=str(champion.lineage["arms"]),
                 parent=champion.fingerprint,
@@ -116,9 +112,9 @@ def refresh_head(
         settings,
         Challenger(
             bundle=bundle,
-            num_rows=num_rows,
+            num_rows=trained.num_rows,
             seconds=time.monotonic() - started,
-            core_seconds=time.process_time() - cpu_started + core_seconds,
+            core_seconds=time.process_time() - cpu_started + trained.core_seconds,
         ),
         champion=champion,
         as_of=as_of,
@@ -152,78 +148,6 @@ def _training_rows(settings: DriftlineSettings, as_of: datetime) -> tuple[pa.Tab
     window = Window(log.span.start, as_of).last(timedelta(hours=refresh.window_hours))
     frame = replayed_frame(settings, window, as_of=as_of, replay_share=refresh.replay_share)
     return frame, window
-
-
-def _train(
-    settings: DriftlineSettings,
-    champion: Bundle,
-    vectors: Path,
-    frame: pa.Table,
-    *,
-    scratch: Path,
-    progress: Progress | None,
-) -> tuple[Scorer, int, float]:
-    """Fine-tune on clicks and teacher labels, then, if asked for, on its own labels."""
-    refresh = settings.student.head_refresh
-    rows = split_rows(settings, frame, max_rows=refresh.finetune.max_rows)
-    tabular = champion.tabular.refitted(rows.train)
-    cache = VectorCache.load(vectors)
-    spec = HeadOnlySpec.model_validate(champion.student["head"])
-    store = SoftLabels.open(settings)
-    teacher = soft_labels(settings, rows.train, store) if refresh.objective.needs_teacher else None
-    validation = write_pair_examples(
-        scratch / "validation.arrow", rows.validation, tabular=tabular, text_ids=cache.text_id
-    )
-    start = champion.path / HEAD if refresh.warm_start else _arms_head(settings, champion)
-
-    def run(
-        name: str, labels: NDArray[np.float32] | None, output: Path, **changes: object
-    ) -> float:
-        examples = write_pair_examples(
-            scratch / f"{name}.arrow",
-            rows.train,
-            tabular=tabular,
-            text_ids=cache.text_id,
-            teacher_logits=labels,
-        )
-        job = StageJob(
-            name=f"head.{name}",
-            model=spec,
-            task="clicks",
-            examples=examples,
-            validation=validation,
-            texts=None,
-            vectors=vectors,
-            objective=refresh.objective,
-            stage=refresh.finetune,
-            initial=(start,),
-            output=output,
-            checkpoints=scratch / f"{name}.checkpoints",
-            stop_on="auc",
-            seed=settings.seed,
-            trainable="head",
-        )
-        job = replace(job, **changes)  # type: ignore[arg-type]
-        result = fit(job, num_workers=refresh.num_workers, ray=settings.ray, progress=progress)
-        return result.core_seconds
-
-    def scorer_of(weights: Path) -> Scorer:
-        keep_rate = settings.labels.negative_keep_rate
-        return Scorer(load_head(spec, weights), cache, tabular, Calibration(keep_rate))
-
-    if not refresh.self_training.enabled:
-        core_seconds = run("finetune", teacher, scratch / HEAD)
-        return scorer_of(scratch / HEAD), rows.train.num_rows, core_seconds
-    core_seconds = run("finetune", teacher, scratch / "finetuned.safetensors")
-    own = scorer_of(scratch / "finetuned.safetensors").logit_pairs(rows.train)
-    core_seconds += run(
-        "self_training",
-        own.astype(np.float32),
-        scratch / HEAD,
-        stage=refresh.self_training.stage,
-        objective=refresh.self_training.objective,
-    )
-    return scorer_of(scratch / HEAD), rows.train.num_rows, core_seconds
 
 
 def _arms_head(settings: DriftlineSettings, champion: Bundle) -> Path:

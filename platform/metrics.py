@@ -147,6 +147,26 @@ def calibration_ratio(labels: ArrayLike, probabilities: ArrayLike) -> float:
     return _ratio(float(probabilities_N.sum()), float(labels_N.sum()))
 
 
+def expected_calibration_error(
+    labels: ArrayLike, probabilities: ArrayLike, *, num_bins: int = 15
+) -> float:
+    """Mean gap between prediction and click rate, over bins of equally many rows (ECE).
+
+    Rows are cut into bins in order of their prediction; each bin counts by its rows. Bins of equal
+    width would put nearly all rows of a click model into the first. NaN without rows.
+
+    Raises:
+        ValueError: lengths differ, or a label or a probability lies outside [0, 1].
+    """
+    labels_N, probabilities_N = _checked(labels, probabilities)
+    _check_unit(labels_N, "label")
+    _check_unit(probabilities_N, "probability")
+    order = np.argsort(probabilities_N, kind="stable")
+    gaps = (probabilities_N - labels_N)[order]
+    total = sum(abs(float(part.sum())) for part in np.array_split(gaps, num_bins))
+    return _ratio(total, float(len(gaps)))
+
+
 # --- from the training prior to the market's ----------------------------------------------
 
 

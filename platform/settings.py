@@ -57,12 +57,17 @@ from driftline.platform.operation_settings import (
     ServingSettings,
     StoreSettings,
 )
-from driftline.platform.strategy_settings import ArmsRefreshSettings, DistilSettings
+from driftline.platform.strategy_settings import (
+    ArmsRefreshSettings,
+    ArmsSelfTrainingSettings,
+    DistilSettings,
+)
 from driftline.platform.training_settings import SelfTrainingSettings, StageSettings
 
 __all__ = [
     "CONTRACT_NAMES",
     "ArmsRefreshSettings",
+    "ArmsSelfTrainingSettings",
     "CadenceSettings",
     "CheckpointEncoder",
     "ConfigEncoder",
@@ -164,11 +169,15 @@ class DriftlineSettings(Settings):
         return self
 
     def select(self, *, kind: str | None = None, entity: str | None = None) -> tuple[Feature, ...]:
-        """The declared features of a kind and an entity, in declared order."""
+        """The declared features of a kind and an entity, in declared order.
+
+        Labels are what models learn, not what they read: they are given only when asked for.
+        """
         return tuple(
             feature
             for feature in self.features
-            if kind in (None, feature.kind) and entity in (None, feature.entity)
+            if (kind == feature.kind or (kind is None and feature.kind != "label"))
+            and entity in (None, feature.entity)
         )
 
 

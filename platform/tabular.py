@@ -146,7 +146,10 @@ class TabularEncoder:
                 f"columns {missing} are missing from the features; the head was trained on them; "
                 "build the features with the settings of the bundle"
             )
-        num_rows = len(columns[names[0]]) if names else 0
+        if isinstance(columns, pa.Table):
+            num_rows = columns.num_rows
+        else:
+            num_rows = len(columns[names[0]]) if names else 0
         categories_BC = np.empty((num_rows, len(self.categories)), np.int32)
         for index, category in enumerate(self.categories):
             categories_BC[:, index] = category.encode(_to_strings(columns[category.column]))
