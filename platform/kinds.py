@@ -85,7 +85,13 @@ class Kind(Settings):
                         f"entry point {entry.name!r} = {entry.value!r} of {GROUP!r} cannot be "
                         f"imported: {error}"
                     ) from error
-        return {name: kind for kind in _below(cls) for name in _names(kind)}
+        found: dict[str, type[Self]] = {}
+        for kind in _below(cls):
+            for name in _names(kind):
+                # The newest of a module read again, never one that was refused.
+                if name not in found or _full_name(found[name]) == _full_name(kind):
+                    found[name] = kind
+        return found
 
 
 def _base(kind: type[Kind]) -> type[Any]:

@@ -244,8 +244,6 @@ def distribution(x_BATT: "Tensor", mask_BT: "Tensor | None", *, on: On) -> "tupl
 
 def over_queries(losses_BAT: "Tensor", mask_BT: "Tensor | None") -> "Tensor":
     """Mean over the heads and the real queries. Scalar."""
-    if mask_BT is None:
-        return losses_BAT.mean()
     return masked_mean(losses_BAT.mean(dim=1), mask_BT)
 
 

@@ -248,19 +248,24 @@ class ModuleMatch(Match):
 
 def squared_difference(student: "Tensor", teacher: "Tensor", mask: "Tensor | None") -> "Tensor":
     """Mean squared difference over the entries of unmasked positions. ``[N, H]``, mask ``[N]``."""
-    square = (student - teacher) ** 2
-    return square.mean() if mask is None else masked_mean(square.mean(dim=-1), mask)
+    return masked_mean((student - teacher) ** 2, mask)
 
 
 def cosine_distance(student: "Tensor", teacher: "Tensor", mask: "Tensor | None") -> "Tensor":
     """Mean of 1 - cosine over unmasked positions. ``[N, H]``, mask ``[N]``."""
     squares = ((student**2).sum(dim=-1) + 1e-12) * ((teacher**2).sum(dim=-1) + 1e-12)
-    distance = 1 - (student * teacher).sum(dim=-1) / squares.sqrt()
-    return distance.mean() if mask is None else masked_mean(distance, mask)
+    return masked_mean(1 - (student * teacher).sum(dim=-1) / squares.sqrt(), mask)
 
 
-def masked_mean(values: "Tensor", mask: "Tensor") -> "Tensor":
-    """Mean of the values at positions with mask 1; 0 without any. Values ``[B, T, ...]``."""
+def masked_mean(values: "Tensor", mask: "Tensor | None") -> "Tensor":
+    """Mean of the values at positions with mask 1, of all without a mask. Scalar.
+
+    Args:
+        values: ``[B, T, ...]``.
+        mask: ``[B, T]``; of zeros alone it gives 0.
+    """
+    if mask is None:
+        return values.mean()
     while values.dim() > mask.dim():
         values = values.mean(dim=-1)
     mask = mask.to(values.dtype)

@@ -20,6 +20,7 @@ from driftline.platform.distillation.hidden_matches import (
     ModuleMatch,
     Nst,
     Pkd,
+    masked_mean,
 )
 from driftline.platform.distillation.match_points import LayerMatch, Match, ModelShape, Point
 
@@ -41,4 +42,5 @@ __all__ = [
     "Nst",
     "Pkd",
     "Point",
+    "masked_mean",
 ]

@@ -95,7 +95,7 @@ class MseLoss(SoftLoss):
         self, student_BC: "Tensor", teacher_BC: "Tensor", temperature: "float | Tensor"
     ) -> "Tensor":
         """See ``SoftLoss``; any number of outputs."""
-        difference_BC = (student_BC - teacher_BC) / _column(temperature)
+        difference_BC = soften(student_BC - teacher_BC, temperature)
         return (difference_BC**2).mean(dim=-1)
 
 
@@ -114,9 +114,8 @@ class BinaryLoss(SoftLoss):
         self, student_BC: "Tensor", teacher_BC: "Tensor", temperature: "float | Tensor"
     ) -> "Tensor":
         """See ``SoftLoss``; one or two outputs, or any number of independent ones."""
-        temperature_B1 = _column(temperature)
-        student_BC = self._margins(student_BC) / temperature_B1
-        teacher_BC = self._margins(teacher_BC) / temperature_B1
+        student_BC = soften(self._margins(student_BC), temperature)
+        teacher_BC = soften(self._margins(teacher_BC), temperature)
         p_BC = teacher_BC.sigmoid()
         yes_BC = p_BC * (log_sigmoid(teacher_BC) - log_sigmoid(student_BC))
         no_BC = (1 - p_BC) * (log_sigmoid(-teacher_BC) - log_sigmoid(-student_BC))
@@ -134,6 +133,13 @@ class BinaryLoss(SoftLoss):
         )
 
 
+def soften(logits_BC: "Tensor", temperature: "float | Tensor") -> "Tensor":
+    """Logits divided by the temperature of all rows, or of each. ``[B, C]``."""
+    if isinstance(temperature, float | int):
+        return logits_BC / temperature
+    return logits_BC / temperature.unsqueeze(-1)
+
+
 def log_sigmoid(logits: "Tensor") -> "Tensor":
     """Logarithm of the probability of yes, exact far from 0."""
     return -(-logits).logaddexp(logits.new_zeros(()))
@@ -148,13 +154,7 @@ def _log_softened(
             f"a softmax over {num_classes} class is 1 whatever the logit and teaches nothing; use "
             "soft: {kind: binary} or mse for a head with one output"
         )
-    temperature_B1 = _column(temperature)
     return (
-        (student_BC / temperature_B1).log_softmax(-1),
-        (teacher_BC / temperature_B1).log_softmax(-1),
+        soften(student_BC, temperature).log_softmax(-1),
+        soften(teacher_BC, temperature).log_softmax(-1),
     )
-
-
-def _column(temperature: "float | Tensor") -> "float | Tensor":
-    """A temperature that divides logits: rows against classes."""
-    return temperature if isinstance(temperature, float | int) else temperature.unsqueeze(-1)
