@@ -80,6 +80,7 @@ def refresh_arms(
             head=trained.published_head,
             arms=arms / ARMS if laboratory.has_text else None,
             vectors=arms / VECTORS,
+            projected=trained.scorer.projected,
             tokenizer=tokenizer if laboratory.has_text else None,
             tabular=trained.scorer.tabular,
             calibration=calibration,

@@ -8,7 +8,15 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from driftline.platform.errors import BundleError
+
+DTYPES: Final = {"I64": "<i8", "I32": "<i4", "F32": "<f4", "F16": "<f2"}
+"""Types of tensors that we map; others are weights, which ``safetensors`` loads."""
 
 
 @contextmanager
@@ -107,3 +115,34 @@ def link_or_copy(source: Path, destination: Path) -> None:
         os.link(source, destination)
     except OSError:
         shutil.copy2(source, destination)
+
+
+def map_tensors(path: Path) -> dict[str, NDArray[Any]]:
+    """Tensors of a safetensors file as read-only views of the mapped file, whatever its size.
+
+    ``safetensors`` itself copies what it loads; processes that map share one copy in memory.
+
+    Raises:
+        BundleError: not such a file, or it ends too early.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or 8 + length > size:
+            raise BundleError(f"{path} is no safetensors file: its header does not fit in it")
+        header = json.loads(file.read(length))
+    tensors: dict[str, NDArray[Any]] = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        start, end = entry["data_offsets"]
+        kind = np.dtype(DTYPES[entry["dtype"]])
+        if 8 + length + end > size:
+            raise BundleError(f"{path}: tensor {name} ends after the file does")
+        if end == start:
+            tensors[name] = np.empty(entry["shape"], kind)
+            continue
+        tensors[name] = np.memmap(
+            path, kind, mode="r", offset=8 + length + start, shape=tuple(entry["shape"])
+        )
+    return tensors

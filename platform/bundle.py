@@ -13,18 +13,20 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from driftline.platform.artefacts import (
     hash_file,
     hash_files,
     hash_value,
     link_or_copy,
+    map_tensors,
     read_json,
     scratch_directory,
     write_json,
 )
 from driftline.platform.errors import BundleError
+from driftline.platform.fused_head import PAGE_FILE, Projected
 from driftline.platform.tabular import TabularEncoder
 
 MANIFEST: Final = "manifest.json"
@@ -71,8 +73,8 @@ class VectorCache:
 
     @classmethod
     def load(cls, path: Path) -> "VectorCache":
-        """Read a safetensors file."""
-        return cls(**load_file(path))
+        """Map a safetensors file: nothing is read until it is asked for."""
+        return cls(**map_tensors(path))
 
     def save(self, path: Path) -> None:
         """Write a safetensors file."""
@@ -111,6 +113,8 @@ class BundleParts:
     """Key type, columns and context features: enough to check a request without the settings."""
     lineage: Mapping[str, Any]
     """As-of time, kind, windows, teacher, arms, parent, feature views, code version."""
+    projected: Projected | None = None
+    """The vectors after the head's first layer: what answers are made from."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,11 @@ class Bundle:
         return VectorCache.load(self.path / VECTORS)
 
     @cached_property
+    def projected(self) -> Projected | None:
+        """The same after the head's first layer, mapped; None in a bundle published without."""
+        return Projected.open(self.path) if (self.path / PAGE_FILE).exists() else None
+
+    @cached_property
     def student(self) -> Mapping[str, Any]:
         """The student's ``ModelSpec`` as JSON."""
         return read_json(self.path / STUDENT)
@@ -189,6 +198,8 @@ def write_bundle(bundles: Path, parts: BundleParts) -> Bundle:
             link_or_copy(parts.arms, scratch / ARMS)
         if parts.tokenizer is not None:
             link_or_copy(parts.tokenizer, scratch / TOKENIZER)
+        if parts.projected is not None:
+            parts.projected.save(scratch)
         (scratch / TABULAR).write_text(parts.tabular.to_json())
         write_json(scratch / CALIBRATION, asdict(parts.calibration))
         write_json(scratch / STUDENT, parts.student)

@@ -2,17 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from driftline.platform.bundle import HEAD, Bundle, Calibration, VectorCache
 from driftline.platform.columns import TEXT_ID_COLUMNS
+from driftline.platform.fused_head import FusedHead, Projected
 from driftline.platform.models.build import build_model
 from driftline.platform.models.spec import EncoderSpec, HeadOnlySpec, TwinSpec
 from driftline.platform.models.student import HeadOnly
@@ -29,12 +30,24 @@ class Scorer:
     vectors: VectorCache
     tabular: TabularEncoder
     calibration: Calibration
+    published: Projected | None = None
+    """The vectors as a bundle holds them for answering; computed when first needed if absent."""
 
     @classmethod
     def of(cls, bundle: Bundle) -> "Scorer":
         """The scorer of a published bundle."""
         head = load_head(HeadOnlySpec.model_validate(bundle.student["head"]), bundle.path / HEAD)
-        return cls(head, bundle.vectors, bundle.tabular, bundle.calibration)
+        return cls(head, bundle.vectors, bundle.tabular, bundle.calibration, bundle.projected)
+
+    @cached_property
+    def fused(self) -> FusedHead:
+        """The head, folded."""
+        return FusedHead.of(self.head)
+
+    @cached_property
+    def projected(self) -> Projected:
+        """The vectors after the head's first layer."""
+        return self.published or Projected.of(self.head, self.vectors.page, self.vectors.ad)
 
     def score(self, columns: Columns) -> NDArray[np.float64]:
         """Click probability of each row, on the natural click rate. ``[B]``.
@@ -56,41 +69,21 @@ class Scorer:
         categories, numbers = self.tabular.encode(columns)
         rows = self.text_rows(columns)
         parts = [
-            self._forward(
+            self.fused.logits(
+                self.projected,
                 rows[i : i + ROWS_PER_PASS],
                 categories[i : i + ROWS_PER_PASS],
                 numbers[i : i + ROWS_PER_PASS],
             )
             for i in range(0, len(rows), ROWS_PER_PASS)
         ]
-        return np.concatenate(parts) if parts else np.empty((0, 2))
+        return np.concatenate(parts).astype(np.float64) if parts else np.empty((0, 2))
 
     def text_rows(self, columns: Columns) -> NDArray[np.int32]:
         """Row of the page's and the ad's vector in the cache, -1 when neutral. ``[B, 2]``."""
         return np.column_stack(
             [self.vectors.rows(_text_ids(columns[name])) for name in TEXT_ID_COLUMNS]
         )
-
-    def _forward(
-        self,
-        rows_B2: NDArray[np.int32],
-        categories_BC: NDArray[np.int32],
-        numbers_BF: NDArray[np.float32],
-    ) -> NDArray[np.float64]:
-        present = np.maximum(rows_B2, 0)
-        if len(self.vectors.text_id):
-            page, ad = self.vectors.page[present[:, 0]], self.vectors.ad[present[:, 1]]
-        else:
-            page = ad = np.zeros((len(rows_B2), self.vectors.page.shape[1]), np.float32)
-        with torch.inference_mode():
-            logits: torch.Tensor = self.head(
-                torch.from_numpy(page),
-                torch.from_numpy(ad),
-                torch.from_numpy(rows_B2 < 0),
-                torch.from_numpy(categories_BC.astype(np.int64)),
-                torch.from_numpy(numbers_BF),
-            )
-        return logits.numpy().astype(np.float64)
 
 
 def load_head(spec: HeadOnlySpec, weights: Path) -> HeadOnly:

@@ -1,13 +1,14 @@
 """Frame columns to what the head reads: category numbers and normalised values.
 
-Shape suffixes: B rows, C categorical columns, N numeric columns, P pieces of a column, F everything
-numeric that the head reads: values, missing flags, pieces.
+Shape suffixes: B rows, C categorical columns, N numeric columns, K of them with one transform,
+P pieces of a column, F everything numeric that the head reads: values, missing flags, pieces.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Final, Literal, TypeAlias
+from functools import cached_property
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -38,8 +39,21 @@ class CategoryVocabulary:
         """Number of each value, 0 when unknown. ``[B]``."""
         if not self.values:
             return np.zeros(len(values), np.int32)
-        found = pc.index_in(values, value_set=pa.array(self.values, pa.string()))
+        found = pc.index_in(values, value_set=self._value_set)
         return (pc.fill_null(found, -1).to_numpy(zero_copy_only=False) + 1).astype(np.int32)
+
+    def encode_objects(self, values: NDArray[Any]) -> NDArray[np.int32]:
+        """The same for strings in a NumPy array, ``None`` when missing: quick for few rows."""
+        known = self._numbers
+        return np.fromiter((known.get(value, 0) for value in values), np.int32, len(values))
+
+    @cached_property
+    def _value_set(self) -> pa.Array:
+        return pa.array(self.values, pa.string())
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {value: number for number, value in enumerate(self.values, start=1)}
 
     def extended(self, values: pa.Array) -> "CategoryVocabulary":
         """Give spare rows to new values, most frequent first; known values keep their number."""
@@ -152,21 +166,56 @@ class TabularEncoder:
             num_rows = len(columns[names[0]]) if names else 0
         categories_BC = np.empty((num_rows, len(self.categories)), np.int32)
         for index, category in enumerate(self.categories):
-            categories_BC[:, index] = category.encode(_to_strings(columns[category.column]))
-        raw = [_to_float(columns[number.column]) for number in self.numbers]
-        values_BN = np.empty((num_rows, len(raw)), np.float32)
-        for index, (number, values) in enumerate(zip(self.numbers, raw, strict=True)):
-            values_BN[:, index] = _scale(values, number)
-        missing_BN = np.isnan(values_BN)
-        pieces = [
-            number.pieces(values)
-            for number, values in zip(self.numbers, raw, strict=True)
-            if number.num_pieces
-        ]
-        numbers_BF = np.concatenate(
-            [np.where(missing_BN, 0, values_BN), missing_BN, *pieces], axis=1, dtype=np.float32
-        )
-        return categories_BC, numbers_BF
+            values = columns[category.column]
+            categories_BC[:, index] = (
+                category.encode_objects(values)
+                if isinstance(values, np.ndarray)
+                else category.encode(_to_strings(values))
+            )
+        raw_NB = np.empty((len(self.numbers), num_rows))
+        for index, number in enumerate(self.numbers):
+            raw_NB[index] = _to_float(columns[number.column])
+        return categories_BC, self._normalise(raw_NB)
+
+    def _normalise(self, raw_NB: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Values, missing flags and pieces. ``[B, F]``."""
+        num, num_rows = raw_NB.shape
+        numbers_BF = np.empty((num_rows, self.num_numbers), np.float32)
+        missing_NB = np.isnan(raw_NB)
+        numbers_BF[:, :num] = np.where(missing_NB, 0, self._scaled(raw_NB)).T
+        numbers_BF[:, num : 2 * num] = missing_NB.T
+        place = 2 * num
+        for number, values in zip(self.numbers, raw_NB, strict=True):
+            if number.num_pieces:
+                numbers_BF[:, place : place + number.num_pieces] = number.pieces(values)
+                place += number.num_pieces
+        return numbers_BF
+
+    def _scaled(self, raw_NB: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Standardised and clipped, all columns at once.
+
+        A request has few rows: a pass for each column would cost more than its arithmetic.
+        """
+        scaled_NB = raw_NB.copy()
+        for transform, rows_K in self._transformed.items():
+            scaled_NB[rows_K] = _apply(raw_NB[rows_K], transform)
+        mean_N1, deviation_N1 = self._moments
+        scaled_NB -= mean_N1
+        scaled_NB /= deviation_N1
+        return np.clip(scaled_NB, -LIMIT, LIMIT, out=scaled_NB)
+
+    @cached_property
+    def _transformed(self) -> dict[Transform, NDArray[np.int64]]:
+        """Columns of each transform that changes anything."""
+        changed: tuple[Transform, ...] = ("log1p", "logit")
+        found = {t: [i for i, n in enumerate(self.numbers) if n.transform == t] for t in changed}
+        return {transform: np.array(rows) for transform, rows in found.items() if rows}
+
+    @cached_property
+    def _moments(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        means = np.array([[number.mean] for number in self.numbers]).reshape(-1, 1)
+        deviations = np.array([[number.deviation] for number in self.numbers]).reshape(-1, 1)
+        return means, deviations
 
     def to_json(self) -> str:
         """Readable form, the inverse of ``from_json``."""
@@ -237,11 +286,6 @@ def _apply(values: NDArray[np.float64], transform: Transform) -> NDArray[np.floa
     return values
 
 
-def _scale(values: NDArray[np.float64], scaler: NumberScaler) -> NDArray[np.float64]:
-    scaled = (_apply(values, scaler.transform) - scaler.mean) / scaler.deviation
-    return np.clip(scaled, -LIMIT, LIMIT)
-
-
 def _to_float(values: "pa.Array | pa.ChunkedArray | NDArray[np.generic]") -> NDArray[np.float64]:
     if isinstance(values, np.ndarray):
         return values.astype(np.float64)
@@ -251,7 +295,5 @@ def _to_float(values: "pa.Array | pa.ChunkedArray | NDArray[np.generic]") -> NDA
     return floats
 
 
-def _to_strings(values: "pa.Array | pa.ChunkedArray | NDArray[np.generic]") -> pa.Array:
-    if isinstance(values, pa.ChunkedArray):
-        return values.combine_chunks()
-    return values if isinstance(values, pa.Array) else pa.array(values, pa.string())
+def _to_strings(values: "pa.Array | pa.ChunkedArray") -> pa.Array:
+    return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values

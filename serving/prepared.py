@@ -59,7 +59,8 @@ class PreparedBundle:
             wanted = np.unique(np.concatenate([page[uncached[:, 0]], ad[uncached[:, 1]]]))
             fresh = self.encoder.encode(wanted)
             if fresh is not None:
-                scorer = replace(scorer, vectors=_only(scorer.vectors, page, ad).merged(fresh))
+                few = _only(scorer.vectors, page, ad).merged(fresh)
+                scorer = replace(scorer, vectors=few, published=None)
                 encoded = uncached & (scorer.text_rows(columns) >= 0)
         return Scored(
             probabilities=scorer.score(columns),
