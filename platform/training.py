@@ -7,23 +7,22 @@ checkpoint as if nothing had happened. The loop knows nothing of Ray; it is give
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from driftline.platform.batching import BatchPlan
-from driftline.platform.checkpoints import CheckpointFolder
+from driftline.platform.checkpoints import CheckpointFolder, optimizer_tensors, whole_state
 from driftline.platform.devices import autocast
-from driftline.platform.errors import ResourceError, TrainingError
+from driftline.platform.errors import ResourceError, SettingsError, TrainingError
 from driftline.platform.models.encoder import checkpoint_activations, take_num_tokens
 from driftline.platform.optimizers import make_optimizer, set_learning_rate
 from driftline.platform.settings import StageSettings
+from driftline.platform.sharding import distribute, gathered, is_sharded, summed
 from driftline.platform.tasks import Task, Workers
 
 logger = logging.getLogger(__name__)
@@ -83,15 +82,17 @@ class Loop:
         Raises:
             TrainingError: the loss is no longer a number.
             ResourceError: the workers do not see the same checkpoints.
-            SettingsError: activation checkpointing is asked for, and the model has no encoder.
+            SettingsError: activation checkpointing is asked for, and the model has no encoder; or
+                sharding is, and the model was not put in its place by ``sharding.place``.
         """
+        self._check_placed()
         device = next(self.model.parameters()).device
         plan = self._plan()
         if self.stage.activation_checkpointing:
             checkpoint_activations(self.model)
         optimizer = make_optimizer(self.model, self.stage, rates=self.rates)
         now = self._restore(optimizer, device)
-        forward = self._distribute()
+        forward = distribute(self.model)
         every = self._evaluation_interval(plan)
         clock = _Clock(now)
         meter = _Meter(self, device)
@@ -116,9 +117,23 @@ class Loop:
                 meter.settle(now)
             if self.progress is not None:
                 self.progress(now.step, plan.num_steps)
-        self._take_best()
+        self._take_best(device)
         clock.update(now)
         return now
+
+    def _check_placed(self) -> None:
+        wanted = self.stage.sharding == "fsdp" and self.workers.world_size > 1
+        if wanted and not is_sharded(self.model):
+            raise SettingsError(
+                f"{self.folder.root.name}: sharding 'fsdp' is not offered for this stage; "
+                "set it to 'off'"
+            )
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of all updates."""
+        plan = self._plan()
+        return plan.batches(plan.num_steps - 1).stop
 
     def _plan(self) -> BatchPlan:
         return BatchPlan(
@@ -158,11 +173,6 @@ class Loop:
         logger.info("continuing %s from step %d", self.folder.root, latest.step)
         return Progression(**latest.state["progression"])
 
-    def _distribute(self) -> nn.Module:
-        if self.workers.world_size == 1:
-            return self.model
-        return DistributedDataParallel(self.model, gradient_as_bucket_view=True)
-
     def _train_mode(self) -> None:
         """Frozen parts keep quiet: no dropout where nothing is learned."""
         self.model.train()
@@ -190,7 +200,7 @@ class Loop:
         losses = []
         for place, (number, rows) in enumerate(batches, start=1):
             _seed_step(self.seed, number + 1, self.workers.rank)
-            with _gradients_summed(forward, across_workers=place == len(batches)):
+            with summed(forward, across_workers=place == len(batches)):
                 with autocast(meter.device, self.stage.autocast):
                     loss = self.task.loss(forward, rows, step=number + 1, device=meter.device)
                     loss = loss * (len(rows) / num_rows)
@@ -206,7 +216,7 @@ class Loop:
     def _evaluate(self, now: Progression, plan: BatchPlan, device: torch.device) -> bool:
         """Measure, remember, report; True when this is the best so far."""
         self.model.eval()
-        with torch.inference_mode(), autocast(device, self.stage.autocast):
+        with gathered(self.model), autocast(device, self.stage.autocast):
             measures = self.task.evaluate(self.model, device=device)
         self._train_mode()
         train_loss = self.workers.all_sum(np.array([now.train_loss]), device)[0]
@@ -228,30 +238,29 @@ class Loop:
         return is_best
 
     def _save(self, now: Progression, optimizer: torch.optim.Optimizer, *, is_best: bool) -> None:
-        if self.workers.rank == 0:
+        """Rank 0 writes the whole model, also where each worker holds a part."""
+        is_writer = self.workers.rank == 0
+        if not is_writer and not is_sharded(self.model):
+            return
+        weights = whole_state(self.model, keep=is_writer)
+        moments = optimizer_tensors(optimizer, keep=is_writer)
+        if is_writer:
             self.folder.save(
                 step=now.step,
-                model=self.model,
-                optimizer=optimizer,
+                weights=weights,
+                moments=moments,
                 state={"progression": asdict(now)},
                 is_best=is_best,
             )
 
-    def _take_best(self) -> None:
-        """Rank 0 holds the result; the others are done."""
-        if self.workers.rank == 0 and (best := self.folder.best_weights()) is not None:
-            self.model.load_state_dict(best)
+    def _take_best(self, device: torch.device) -> None:
+        """Rank 0 holds the result, or all workers together; the others are done."""
+        if is_sharded(self.model):
+            self.workers.all_sum(np.zeros(1), device)  # rank 0 has written
+            self.folder.take_best(self.model)
+        elif self.workers.rank == 0:
+            self.folder.take_best(self.model)
         self.model.eval()
-
-
-@contextmanager
-def _gradients_summed(forward: nn.Module, *, across_workers: bool) -> Iterator[None]:
-    """Gradients of a batch that is not the last of its step stay with their worker."""
-    if isinstance(forward, DistributedDataParallel) and not across_workers:
-        with forward.no_sync():
-            yield
-        return
-    yield
 
 
 class _Meter:

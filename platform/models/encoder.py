@@ -4,6 +4,7 @@ Shape suffixes: B sequences, T tokens, H hidden width, K masked positions, V voc
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -83,21 +84,24 @@ class TextEncoder(nn.Module):
             return vectors_BH
         return _first_position(last, states_BTH, visible_B11T)
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The transformer layers.
+
+        Raises:
+            SettingsError: the checkpoint's architecture keeps them elsewhere.
+        """
+        return _layers(self.backbone)
+
     def checkpoint_activations(self) -> None:
         """Keep only the input of each layer while training, and compute the rest again.
 
-        Uses the layers' own support for it, which runs ``torch.utils.checkpoint``, non-reentrant.
-
-        Raises:
-            SettingsError: the checkpoint's architecture does not support it.
+        Each layer's ``forward`` is wrapped, not its call: hooks on a layer fire once.
         """
-        backbone: Any = self.backbone
-        if not backbone.supports_gradient_checkpointing:
-            raise SettingsError(
-                f"activation_checkpointing is not supported by {type(backbone).__name__}; "
-                "turn it off"
-            )
-        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.forgetful:
+            return
+        for layer in self.layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         self.forgetful = True
 
     def _count(self, tokens_BT: Tensor) -> None:
@@ -160,7 +164,7 @@ def checkpoint_activations(model: nn.Module) -> None:
     """Turn on activation checkpointing in all encoders of a model.
 
     Raises:
-        SettingsError: there is no encoder, or its architecture does not support it.
+        SettingsError: there is no encoder, or its layers were not found.
     """
     encoders = text_encoders(model)
     if not encoders:
@@ -237,16 +241,24 @@ def _load_checkpoint(spec: EncoderSpec) -> nn.Module:
 
 
 def _pick_layers(model: nn.Module, layers: Sequence[int]) -> None:
-    config: Any = model.config
+    whole = _layers(model)
+    picked = nn.ModuleList(whole[layer - 1] for layer in layers)
     for parent in model.modules():
         for name, child in parent.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers:
-                setattr(parent, name, nn.ModuleList(child[layer - 1] for layer in layers))
-                config.num_hidden_layers = len(layers)
-                return
+            if child is whole:
+                setattr(parent, name, picked)
+    config: Any = model.config
+    config.num_hidden_layers = len(layers)
+
+
+def _layers(backbone: nn.Module) -> nn.ModuleList:
+    config: Any = backbone.config
+    for module in backbone.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+            return module
     raise SettingsError(
-        f"encoder.layers: no list of {config.num_hidden_layers} layers was found in "
-        f"{type(model).__name__}; leave `layers` out"
+        f"no list of {config.num_hidden_layers} layers was found in {type(backbone).__name__}; "
+        "it cannot be cut into layers, sharded by layer, or checkpoint its activations"
     )
 
 

@@ -199,7 +199,7 @@ def test_an_optimiser_continues_from_its_named_tensors(name: Any) -> None:
     before = make_optimizer(cut, stage)
     train(cut, before, 0, 2)
     after = make_optimizer(cut, stage)
-    load_optimizer(after, {k: v.clone() for k, v in optimizer_tensors(before).items()})
+    load_optimizer(after, [(k, v.clone()) for k, v in optimizer_tensors(before).items()])
     train(cut, after, 2, 5)
     for (path, expected), found in zip(whole.named_parameters(), cut.parameters(), strict=True):
         assert torch.equal(found, expected), path

@@ -675,8 +675,8 @@ def test_masking_follows_bert_and_never_touches_specials(tiny_market: Any) -> No
     spec = tiny_market.teacher
     workers = Workers()
     task = MlmTask(spec, TokenRows(Ragged.of(texts)), None, workers=workers, seed=1)
-    (part,), num_masked = task._parts(task.train, np.arange(4000), step=0)
-    tokens, mask, place, target = part
+    (part,), num_masked, _ = task.draw(task.train, np.arange(4000), step=0)
+    tokens, mask, place, target = part.texts
     now = tokens.flatten()[place]
     plain = sum(int((text > 6).sum()) for text in texts)
     assert num_masked == len(place)
@@ -689,8 +689,8 @@ def test_masking_follows_bert_and_never_touches_specials(tiny_market: Any) -> No
     assert kinds["random"] / num_masked == pytest.approx(0.1, abs=0.02)
     assert target.min() > 6
     assert mask.flatten()[place].all()
-    (other,), _ = task._parts(task.train, np.arange(4000), step=1)
-    assert not torch.equal(other[2], place)  # dynamic: every step draws anew
+    (other,), *_ = task.draw(task.train, np.arange(4000), step=1)
+    assert not torch.equal(other.texts[2], place)  # dynamic: every step draws anew
 
 
 # --- inference ----------------------------------------------------------------------------
