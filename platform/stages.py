@@ -17,30 +17,22 @@ from torch import Tensor, nn
 from driftline.platform.artefacts import hash_file, hash_value, read_json, write_json
 from driftline.platform.checkpoints import CheckpointFolder, load_weights, save_weights, whole_state
 from driftline.platform.devices import choose_device
-from driftline.platform.distillation.row_matching import RowMatching
-from driftline.platform.distillation.token_distillation import TokenDistilTask
-from driftline.platform.distillation.token_models import TokenModel, language_teacher, load_head
-from driftline.platform.errors import ContractError, EmptyWindowError, SettingsError
+from driftline.platform.errors import EmptyWindowError
 from driftline.platform.examples import open_tokens
 from driftline.platform.inputs import ClickInputs, open_inputs
-from driftline.platform.masked_language import MlmTask, encoders_of, masked_language_model
+from driftline.platform.masked_language import MlmTask, masked_language_model
 from driftline.platform.models.build import build_model
 from driftline.platform.models.spec import ModelSpec, parse_spec
 from driftline.platform.settings import ObjectiveSettings, StageSettings
 from driftline.platform.sharding import place
-from driftline.platform.stage_teacher import FrozenTeacher, match_rows
 from driftline.platform.tasks import ClickTask, StopOn, Task, Workers
-from driftline.platform.teacher_features import TeacherFeatures
 from driftline.platform.training import Loop, Progress, Progression, Report
 
 logger = logging.getLogger(__name__)
 
 FORMAT: Final = 1  # raise when the same job would give other weights
-LANGUAGE_TASKS: Final = ("mlm", "mlm_distil")
 MLM_PARTS: Final = ("encoder.", "arms.")
-HEAD: Final = "predictor."
-PROJECTIONS: Final = "projections."
-PATHS: Final = ("examples", "output", "checkpoints", "validation", "texts", "vectors", "features")
+PATHS: Final = ("examples", "output", "checkpoints", "validation", "texts", "vectors")
 
 
 @dataclass(frozen=True)
@@ -49,11 +41,11 @@ class StageJob:
 
     name: str
     model: ModelSpec
-    task: Literal["mlm", "mlm_distil", "clicks"]
+    task: Literal["mlm", "clicks"]
     examples: Path
     output: Path
-    """Weights, safetensors; beside it ``OUTPUT.json`` with the result. An ``mlm`` or ``mlm_distil``
-    stage writes the encoder's weights only. Projections of matches are never written."""
+    """Weights, safetensors; beside it ``OUTPUT.json`` with the result. An ``mlm`` stage writes
+    the encoder's weights only."""
     checkpoints: Path
     """Folder of its own; removed when the stage is done."""
     stage: StageSettings
@@ -68,18 +60,6 @@ class StageJob:
     """Weights to start from, later files win; each may hold a part of the model."""
     stop_on: StopOn = "loss"
     trainable: Literal["all", "head"] = "all"
-    teacher: FrozenTeacher | None = None
-    """For matches, and for ``mlm_distil``, whose teacher is a language model with its head. With
-    weights it runs beside a student that reads the same tokens; without it says what the
-    ``features`` are of."""
-    features: Path | None = None
-    """Folder of the teacher's stored tensors (``TeacherFeatures``), to which the examples' column
-    ``teacher_rows`` points."""
-    label_teacher: str | None = None
-    """Hash of the teacher that gave the soft labels. The features must be of the same; without a
-    hash, the logits stored beside the features must equal the soft labels."""
-    keep_head: bool = False
-    """A language stage writes its prediction head too (``predictor.*``), so that it can teach."""
 
     def __post_init__(self) -> None:
         if self.task == "mlm" and (self.objective, self.stop_on, self.trainable) != (
@@ -91,60 +71,9 @@ class StageJob:
                 f"stage {self.name}: an mlm stage has no objective, stops on 'loss' and trains "
                 f"'all', got {self.objective}, {self.stop_on!r}, {self.trainable!r}"
             )
-        if self.task == "mlm_distil":
-            self._check_language_distillation()
-        elif self.task == "clicks":
-            self._check_clicks()
-        if self.features is not None and not self._matches:
-            raise ValueError(
-                f"stage {self.name}: features are what matches compare with, but the objective has "
-                "no match; leave out the features"
-            )
-
-    def _check_language_distillation(self) -> None:
-        if self.objective is None or self.teacher is None or not self.teacher.weights:
-            raise ValueError(
-                f"stage {self.name}: an mlm_distil stage needs an objective (preset: thesis) and a "
-                "teacher with weights, the output of an mlm stage with keep_head"
-            )
-        if self.trainable != "all" or self.stop_on == "auc" or self.features is not None:
-            raise ValueError(
-                f"stage {self.name}: an mlm_distil stage trains 'all', stops on 'loss' or "
-                f"'soft_loss' and runs its teacher live, got trainable {self.trainable!r}, stop_on "
-                f"{self.stop_on!r}, features {self.features}"
-            )
-        self.objective.check_task("tokens")
-
-    def _check_clicks(self) -> None:
-        if self.keep_head:
-            raise ValueError(
-                f"stage {self.name}: keep_head is of masked-language stages, not of clicks"
-            )
-        if self.objective is not None:
-            self.objective.check_task("clicks")
-        if self._matches and (self.teacher is None or not (self.teacher.weights or self.features)):
-            raise ValueError(
-                f"stage {self.name}: matches need a teacher: its shape and either features (a "
-                "folder of its stored tensors) or weights, to run it beside the student"
-            )
-        if self.teacher is not None and (
-            self.objective is None or not self.objective.needs_teacher
-        ):
-            raise ValueError(
-                f"stage {self.name}: a teacher is given, but nothing is learned from it; give an "
-                "objective with soft labels or matches, or leave it out"
-            )
-
-    @property
-    def _matches(self) -> bool:
-        return self.objective is not None and bool(self.objective.matches)
 
     def identity(self) -> str:
-        """Hash of everything that decides the result, contents of the files included.
-
-        Raises:
-            ContractError: the examples or the teacher's features cannot be read.
-        """
+        """Hash of everything that decides the result, contents of the files included."""
         files = (self.examples, self.validation, self.texts, self.vectors, *self.initial)
         return hash_value(
             {
@@ -158,23 +87,8 @@ class StageJob:
                 "stop_on": self.stop_on,
                 "seed": self.seed,
                 "trainable": self.trainable,
-                "teacher": self.teacher and self.teacher.identity(),
-                "features": self._fingerprint(),
-                "keep_head": self.keep_head,
             }
         )
-
-    def _fingerprint(self) -> list[str] | None:
-        """Of the stored tensors that the rows point to."""
-        if self.features is None:
-            return None
-        store = TeacherFeatures.open(self.features)
-        found = []
-        for path in (self.examples, self.validation):
-            rows = None if path is None else _open(self, path).teacher_rows
-            if rows is not None:
-                found.append(store.fingerprint(rows))
-        return found
 
     def to_json(self) -> dict[str, Any]:
         """Plain values with absolute paths, for a worker elsewhere; inverse of ``from_json``."""
@@ -183,7 +97,6 @@ class StageJob:
             "stage": self.stage.model_dump(mode="json"),
             "objective": self.objective and self.objective.model_dump(mode="json"),
             "initial": [str(path.absolute()) for path in self.initial],
-            "teacher": self.teacher and self.teacher.to_json(),
         }
         for name in PATHS:
             raw[name] = raw[name] and str(raw[name].absolute())
@@ -198,7 +111,6 @@ class StageJob:
             "stage": StageSettings.model_validate(raw["stage"]),
             "objective": objective and ObjectiveSettings.model_validate(objective),
             "initial": tuple(Path(path) for path in raw["initial"]),
-            "teacher": raw["teacher"] and FrozenTeacher.from_json(raw["teacher"]),
             **{name: raw[name] and Path(raw[name]) for name in PATHS},
         }
         return cls(**values)
@@ -258,8 +170,6 @@ def run_stage(
         EmptyWindowError: the example file holds no row.
         ContractError: an input file does not fit the model.
         BundleError: initial weights do not fit the model.
-        SettingsError: a match is impossible between the student and its teacher, or the two do not
-            share the tokeniser that the stage needs.
         TrainingError: the loss is no longer a number.
     """
     identity = job.identity()
@@ -272,13 +182,11 @@ def run_stage(
         torch.manual_seed(job.seed)
         model = build_model(job.model)
         load_weights(model, *job.initial)
-        trained = _trained(job, model)
-        task = _make_task(job, trained, workers, device)
+        trained = masked_language_model(model) if job.task == "mlm" else model
         _freeze(model, job)
         loop = Loop(
             model=place(trained, job.stage, device=device),
-            task=task,
-            rates=_projection_rates(task),
+            task=_make_task(job, workers),
             stage=job.stage,
             seed=job.seed,
             folder=CheckpointFolder(job.checkpoints, identity),
@@ -286,153 +194,41 @@ def run_stage(
             report=report,
             progress=progress if rank == 0 else None,
         )
-        if isinstance(task, ClickTask | TokenDistilTask):
-            task.num_batches = loop.num_batches
         now = loop.run()
     spent = workers.all_sum(np.array([now.core_seconds, float(now.num_tokens)]), device)
     now.num_tokens = int(spent[1])
     result = _to_result(job, loop.task, now, core_seconds=float(spent[0]))
     weights = whole_state(model, keep=rank == 0)
-    if job.keep_head:
-        head = whole_state(trained.get_submodule("predictor"), keep=rank == 0)
-        weights |= {f"{HEAD}{name}": value for name, value in head.items()}
     if rank == 0:
         _write(job, weights, result, identity)
     workers.all_sum(np.zeros(1), device)  # nobody returns before the result is on disk
     return result
 
 
-def _trained(job: StageJob, model: nn.Module) -> nn.Module:
-    """The model, or its encoders under a prediction head (a former one, where weights hold it)."""
-    if job.task not in LANGUAGE_TASKS:
-        return model
-    distils = job.task == "mlm_distil"
-    trained = TokenModel(encoders_of(model)) if distils else masked_language_model(model)
-    load_head(trained, job.initial)
-    return trained
-
-
-def _make_task(job: StageJob, model: nn.Module, workers: Workers, device: torch.device) -> Task:
-    """What is learned; puts the projections of matches into the model."""
-    if job.task in LANGUAGE_TASKS:
-        return _language_task(job, model, workers, device)
-    train = _open(job, job.examples)
-    validation = _open(job, job.validation) if job.validation is not None else None
-    _refuse_empty(job, train.num_rows)
-    _check_labels(job, train)
-    return ClickTask(
-        train,
-        validation,
-        objective=job.objective,
-        stop_on=job.stop_on,
-        workers=workers,
-        seed=job.seed,
-        max_rows=job.stage.max_rows,
-        matching=_row_matching(job, model, train, validation, device),
-    )
-
-
-def _language_task(
-    job: StageJob, model: nn.Module, workers: Workers, device: torch.device
-) -> MlmTask:
-    train = open_tokens(job.examples)
-    validation = open_tokens(job.validation) if job.validation is not None else None
-    _refuse_empty(job, len(train))
+def _make_task(job: StageJob, workers: Workers) -> Task:
     if job.task == "mlm":
-        return MlmTask(
+        validation = open_tokens(job.validation) if job.validation is not None else None
+        task: Task = MlmTask(
             job.model,
-            train,
+            open_tokens(job.examples),
             validation,
             workers=workers,
             seed=job.seed,
             max_rows=job.stage.max_rows,
         )
-    assert isinstance(model, TokenModel)
-    assert job.objective is not None
-    assert job.teacher is not None
-    with torch.random.fork_rng(devices=[]):
-        teacher = language_teacher(job.teacher.model, job.teacher.weights)
-    task = TokenDistilTask(
-        job.model,
-        model,
-        (job.teacher.model, teacher),
-        objective=job.objective,
-        train=train,
-        validation=validation,
-        workers=workers,
-        seed=job.seed,
-        device=device,
-        stop_on=job.stop_on,
-        max_rows=job.stage.max_rows,
-    )
-    if len(task.matching.projections):
-        _refuse_sharding(job)
-    return task
-
-
-def _row_matching(
-    job: StageJob,
-    model: nn.Module,
-    train: ClickInputs,
-    validation: ClickInputs | None,
-    device: torch.device,
-) -> RowMatching | None:
-    if job.teacher is None:
-        return None
-    assert job.objective is not None
-    try:
-        found = match_rows(
-            model.to(device),
-            job.model,
-            job.objective,
-            teacher=job.teacher,
-            features=job.features,
-            label_teacher=job.label_teacher,
-            inputs=(train,) if validation is None else (train, validation),
-            device=device,
+    else:
+        task = ClickTask(
+            _open(job, job.examples),
+            _open(job, job.validation) if job.validation is not None else None,
+            objective=job.objective,
+            stop_on=job.stop_on,
+            workers=workers,
+            seed=job.seed,
+            max_rows=job.stage.max_rows,
         )
-    except SettingsError as error:
-        raise SettingsError(f"stage {job.name}: {error}") from error
-    if len(found.matching.projections):
-        _refuse_sharding(job)
-        model.projections = found.matching.projections
-    return found
-
-
-def _refuse_sharding(job: StageJob) -> None:
-    if job.stage.sharding == "fsdp":
-        raise SettingsError(
-            f"stage {job.name}: projections of matches cannot be sharded; set sharding to 'off', or "
-            "match layers of equal width"
-        )
-
-
-def _projection_rates(task: Task) -> dict[str, float]:
-    """Learning rates of projections that have their own, by the prefix of their parameters."""
-    matching = None
-    if isinstance(task, TokenDistilTask):
-        matching = task.matching
-    elif isinstance(task, ClickTask) and task.matching is not None:
-        matching = task.matching.matching
-    rates = matching.rates if matching is not None else {}
-    return {f"{PROJECTIONS}{name}.": rate for name, rate in rates.items()}
-
-
-def _refuse_empty(job: StageJob, num_rows: int) -> None:
-    if num_rows == 0:
+    if task.num_rows == 0:
         raise EmptyWindowError(f"stage {job.name}: {job.examples} holds no row to learn from")
-
-
-def _check_labels(job: StageJob, train: ClickInputs) -> None:
-    """Soft labels that count must be there; from a live teacher they come with each batch."""
-    is_live = job.teacher is not None and bool(job.teacher.weights) and job.features is None
-    if job.objective is None or not job.objective.needs_soft_labels or is_live:
-        return
-    if train.teacher_logits is None or np.isnan(train.teacher_logits).all():
-        raise ContractError(
-            f"stage {job.name}: the objective weighs soft labels, but {job.examples} has none "
-            "(column teacher_logits); label its rows with the teacher first, or set alpha to 0"
-        )
+    return task
 
 
 def _open(job: StageJob, examples: Path) -> ClickInputs:
@@ -442,7 +238,7 @@ def _open(job: StageJob, examples: Path) -> ClickInputs:
 def _freeze(model: nn.Module, job: StageJob) -> None:
     if job.trainable == "head":
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.startswith(("head.", PROJECTIONS)))
+            parameter.requires_grad_(name.startswith("head."))
 
 
 def _to_result(job: StageJob, task: Task, now: Progression, *, core_seconds: float) -> StageResult:
@@ -490,10 +286,8 @@ def _finished(job: StageJob, identity: str) -> StageResult | None:
 def _write(
     job: StageJob, weights: Mapping[str, Tensor], result: StageResult, identity: str
 ) -> None:
-    if job.task in LANGUAGE_TASKS:
-        kept = (*MLM_PARTS, HEAD) if job.keep_head else MLM_PARTS
-        weights = {name: value for name, value in weights.items() if name.startswith(kept)}
-    weights = {n: value for n, value in weights.items() if not n.startswith(PROJECTIONS)}
+    if job.task == "mlm":
+        weights = {name: value for name, value in weights.items() if name.startswith(MLM_PARTS)}
     save_weights(job.output, weights)
     record = {"job": identity, "weights": hash_file(job.output), "result": asdict(result)}
     write_json(_result_path(job), record)
