@@ -17,7 +17,6 @@ from typing import Any, Final, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from filelock import FileLock
 from numpy.typing import NDArray
 
@@ -31,7 +30,6 @@ from driftline.pipelines.teacher import Teacher
 from driftline.pipelines.training_sets import TrainingRows, known_frame, newest, split_rows
 from driftline.platform.artefacts import hash_value, read_json, write_json
 from driftline.platform.columns import head_columns
-from driftline.platform.contract import TIME
 from driftline.platform.errors import SettingsError
 from driftline.platform.sampling import part_mask, request_keys, soft_labelled, unit_hash
 from driftline.platform.settings import DistilSettings, DriftlineSettings, StageSettings
@@ -383,11 +381,6 @@ class Laboratory:
                 lambda: (rows(source).validation, None),
             ),
         )
-
-    def earlier_stale_rows(self) -> pa.Table:
-        """Stale training rows from before the recent window, so that no row counts twice."""
-        earlier = pc.less(self.ood.train["event_time"], pa.scalar(self.id_window.start, TIME))
-        return self.ood.train.filter(earlier)
 
     # --- nodes and files ------------------------------------------------------------------
 

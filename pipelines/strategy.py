@@ -12,6 +12,7 @@ from typing import Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from driftline.pipelines.laboratory import Laboratory, Node, Rows, with_clicks
@@ -21,6 +22,7 @@ from driftline.pipelines.teacher import open_tokenizer
 from driftline.pipelines.training_sets import clicks, newest, split_rows, write_pair_examples
 from driftline.platform.artefacts import hash_file, hash_value
 from driftline.platform.bundle import VectorCache
+from driftline.platform.contract import TIME
 from driftline.platform.inference import encode_texts, load_model
 from driftline.platform.initialisers import RandomStart
 from driftline.platform.metrics import sigmoid
@@ -289,13 +291,16 @@ class StrategyRun:
         key = f"own.{hash_file(finetuned)}.{limits}.{labels}.{rounds.true_label_share}"
 
         def read() -> tuple[pa.Table, NDArray[np.float32] | None]:
-            stale = newest(laboratory.asked(laboratory.earlier_stale_rows()), limits[0])
+            stale = newest(laboratory.asked(laboratory.ood.train), limits[0])
             recent = newest(laboratory.id.train, limits[1])
+            if rounds.on == "both":  # no row twice
+                earlier = pa.scalar(laboratory.id_window.start, TIME)
+                stale = stale.filter(pc.less(stale["event_time"], earlier))
             parts = {"ood": [stale], "id": [recent], "both": [stale, recent]}[rounds.on]
             frame = pa.concat_tables(parts)
-            is_recent = np.arange(frame.num_rows) >= frame.num_rows - recent.num_rows
-            if rounds.on != "both":
-                is_recent[:] = rounds.on == "id"
+            is_recent = np.full(frame.num_rows, rounds.on == "id")
+            if rounds.on == "both":
+                is_recent[stale.num_rows :] = True
             asked = Rows(f"{key}.asked", laboratory.texts, lambda: (frame, None))
             own = self.form.logits(asked, finetuned)
             return pseudo_labelled(frame, own, is_recent=is_recent, rounds=rounds)
