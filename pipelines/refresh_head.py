@@ -91,7 +91,7 @@ def refresh_head(
             head=trained.weights,
             arms=_existing(champion.path / ARMS),
             vectors=vectors,
-            projected=scorer.projected,
+            projected=trained.scorer.projected,
             tokenizer=_existing(champion.path / TOKENIZER),
             tabular=trained.scorer.tabular,
             calibration=calibration,
