@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -6,7 +8,10 @@ from torch import nn
 
 from driftline.features.quality import check_log
 from driftline.features.simulate import simulate
+from driftline.pipelines.laboratory import Laboratory
 from driftline.pipelines.prepare import prepare_features
+from driftline.pipelines.replay import log_split
+from driftline.pipelines.strategy import train_strategy
 from driftline.pipelines.student import student_tokenizer
 from driftline.pipelines.student_vocabulary import small_tokenizer, vocabulary_report
 from driftline.pipelines.teacher import MASKED, Teacher, open_tokenizer, train_teacher
@@ -15,8 +20,11 @@ from driftline.platform.checkpoints import load_weights
 from driftline.platform.errors import SettingsError
 from driftline.platform.models.encoder import TextEncoder
 from driftline.platform.models.spec import TeacherSpec
-from driftline.platform.settings import DriftlineSettings
+from driftline.platform.settings import DriftlineSettings, StageSettings
+from driftline.platform.vocabulary.start import DualVocabulary
 from driftline.platform.workspace import Workspace
+
+TOKEN_TABLE = "embeddings.word_embeddings.weight"
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +83,23 @@ def test_the_teacher_keeps_its_weights_from_before_the_clicks(taught: DriftlineS
     frozen = load_file(teacher.weights)
     own = holder.state_dict()
     assert any(not torch.equal(own[name], frozen[name]) for name in own)
+
+
+def test_a_strategy_starts_from_dual_training_and_finds_it_again(
+    taught: DriftlineSettings, tmp_path: Path
+) -> None:
+    frozen = hash_file(Teacher.open(Workspace.of(taught)).weights)
+    stage = StageSettings(num_steps=4, batch_size=16)
+    arms = taught.student.arms_refresh
+    strategy = arms.model_copy(update={"init": DualVocabulary(stage=stage)})
+    moment = log_split(taught).id.start
+    students, nodes = [], []
+    for _ in range(2):
+        laboratory = Laboratory.open(taught, as_of=moment, folder=tmp_path, seed=1)
+        students.append(train_strategy(laboratory, strategy))
+        nodes.append([node for node in laboratory.nodes if node.name == "dual_vocabulary"])
+    assert nodes[0][0].identity == nodes[1][0].identity
+    assert students[0].weights == students[1].weights
+    table = load_file(students[0].weights)["arms.backbones.0.backbone." + TOKEN_TABLE]
+    assert table.shape[0] == student_tokenizer(taught).vocabulary_size
+    assert hash_file(Teacher.open(Workspace.of(taught)).weights) == frozen
