@@ -43,6 +43,7 @@ def frame_keys(
             [(column.name, column.kind) for column in head_columns(settings)],
             settings.labels.maturity_minutes,
             str(log.key_type),
+            *(label.name for label in settings.select(kind="label")),
         ]
     )
     own = _impression_fingerprints(log, settings, Window(hours[0], hours[-1] + HOUR))

@@ -52,7 +52,7 @@ def frame_schema(settings: DriftlineSettings, *, key: pa.DataType) -> pa.Schema:
     """Columns of a frame: the impression, both text ids, then all that the head reads.
 
     ``clicked`` is the matured label: a click later than ``labels.maturity_minutes`` after the
-    impression is lost. ``clicked_ever`` is the click as logged.
+    impression is lost. ``clicked_ever`` is the click as logged. Further labels are as logged.
     """
     types = {"categorical": pa.string(), "numeric": pa.float32()}
     return pa.schema(
@@ -65,6 +65,7 @@ def frame_schema(settings: DriftlineSettings, *, key: pa.DataType) -> pa.Schema:
             pa.field("clicked", pa.bool_(), nullable=False),
             pa.field("clicked_ever", pa.bool_(), nullable=False),
             pa.field("click_time", TIME),
+            *(pa.field(label.name, pa.float32()) for label in settings.select(kind="label")),
             *(pa.field(name, pa.int64()) for name in TEXT_ID_COLUMNS),
             *(pa.field(column.name, types[column.kind]) for column in head_columns(settings)),
         ]

@@ -182,7 +182,14 @@ def check_log(
         ) as connection:
             verdicts = {
                 table: _clean_table(
-                    table, group, schemas[table], scratch, connection, latest=latest, count=count
+                    table,
+                    group,
+                    schemas[table],
+                    scratch,
+                    connection,
+                    latest=latest,
+                    labels=[label.name for label in settings.select(kind="label")],
+                    count=count,
                 )
                 for table, group in plans.items()
             }
@@ -247,6 +254,7 @@ def _clean_table(
     connection: duckdb.DuckDBPyConnection,
     *,
     latest: datetime,
+    labels: Sequence[str],
     count: _Count,
 ) -> TableVerdict:
     """Judge, stage, de-duplicate, sort and write one table."""
@@ -258,7 +266,7 @@ def _clean_table(
     for plan in plans:
         offsets.append(num_rows)
         for first, rows in plan.batches():
-            bad, reasons = split_rows(rows, find_faults(rows, schema, latest=latest))
+            bad, reasons = split_rows(rows, find_faults(rows, schema, latest=latest, labels=labels))
             ordinals = num_rows + np.arange(rows.num_rows)
             if bad.any():
                 numbers = (first + np.flatnonzero(bad)).tolist()

@@ -20,13 +20,16 @@ DUPLICATE: Final = "duplicate impression_id"
 FUTURE: Final = "event_time in the future"
 
 
-def find_faults(rows: pa.Table, schema: pa.Schema, *, latest: datetime) -> list[tuple[str, Mask]]:
+def find_faults(
+    rows: pa.Table, schema: pa.Schema, *, latest: datetime, labels: Sequence[str] = ()
+) -> list[tuple[str, Mask]]:
     """Reasons against rows of any of the three tables, each with the rows it holds for.
 
     Args:
         rows: In the form of the contract, nulls allowed anywhere.
         schema: The contract's schema, which says what may be null.
         latest: Rows with a later ``event_time`` are from the future.
+        labels: Columns of impressions that must lie in [0, 1].
     """
     faults: list[tuple[str, Mask]] = []
     for field in schema:
@@ -43,6 +46,7 @@ def find_faults(rows: pa.Table, schema: pa.Schema, *, latest: datetime) -> list[
     faults.append((FUTURE, _mask(pc.greater(event_time, limit))))
     if "clicked" in schema.names:
         faults += _impression_faults(rows, limit)
+        faults += [(f"{name} outside [0, 1]", _outside(rows.column(name))) for name in labels]
     if "created_time" in schema.names:
         early = pc.less(rows.column("created_time"), event_time)
         faults.append(("created_time before event_time", _mask(early)))
@@ -64,6 +68,10 @@ def _impression_faults(rows: pa.Table, limit: pa.Scalar) -> list[tuple[str, Mask
         ("propensity outside (0, 1]", _mask(outside)),
         ("position is negative", _mask(pc.less(rows.column("position"), 0))),
     ]
+
+
+def _outside(column: pa.ChunkedArray) -> Mask:
+    return _mask(pc.or_(pc.less(column, 0), pc.greater(column, 1)))
 
 
 def _mask(values: pa.ChunkedArray) -> Mask:

@@ -100,7 +100,7 @@ def suggest_tier(hours: float) -> TierName:
 
 
 def estimate_scales(log: ImpressionLog, settings: DriftlineSettings) -> ScalesReport:
-    """Measure every declared feature.
+    """Measure every declared feature but the labels.
 
     Text and categories of a product are observed from its first version to the end of the log;
     numbers from its first to its last counter row (of several rows for one hour the last known
@@ -115,7 +115,11 @@ def estimate_scales(log: ImpressionLog, settings: DriftlineSettings) -> ScalesRe
             spill=Path(spill),
         ) as connection,
     ):
-        scales = tuple(_estimate(connection, log, feature) for feature in settings.features)
+        scales = tuple(
+            _estimate(connection, log, feature)
+            for feature in settings.features
+            if feature.kind != "label"
+        )
     return ScalesReport(span=log.span, features=scales)
 
 

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from driftline.features.log import ROWS_PER_GROUP, IngestReport, hour_columns, span_of
 from driftline.features.simulate_market import HOURS_A_DAY, Day, Floats, Indices, Market, draw
 from driftline.features.simulate_oracle import OracleTally
+from driftline.features.simulate_purchases import Purchases
 from driftline.features.simulate_sales import SalesLedger
 from driftline.features.simulate_text import (
     Vocabulary,
@@ -47,6 +48,7 @@ HOUR_MICROS: Final = 3_600_000_000
 
 PRODUCT_COLUMNS: Final = ("title", "description", "category", "advertiser")
 CONTEXT_COLUMNS: Final = ("application", "hour_of_week", "hour_of_day")
+PURCHASED: Final = "purchased"
 SALES_COLUMN: Final = re.compile(r"sales_(\d+)h")
 MAX_SALES_HOURS: Final = 168
 
@@ -129,18 +131,29 @@ def check_columns(settings: DriftlineSettings) -> None:
         f"{feature.name} ({feature.kind}, {feature.entity})"
         for feature in settings.features
         if not _has_column(feature.name, kind=feature.kind, entity=feature.entity)
+        and not (feature.kind == "label" and _has_label(settings, feature.name))
     ]
     if missing:
         raise SettingsError(
             f"features: the simulated market has no {', '.join(missing)}; available are the "
             f"product columns {', '.join(PRODUCT_COLUMNS)} (text or categorical) and sales_Nh "
             f"(numeric, N from 1 to {MAX_SALES_HOURS}), and the impression columns "
-            f"{', '.join(CONTEXT_COLUMNS)} (categorical)"
+            f"{', '.join(CONTEXT_COLUMNS)} (categorical) and, where source.purchase_rate is given, "
+            f"{PURCHASED} (label)"
         )
 
 
+def _has_label(settings: DriftlineSettings, name: str) -> bool:
+    source = settings.source
+    return (
+        name == PURCHASED
+        and isinstance(source, SimulateSource)
+        and source.purchase_rate is not None
+    )
+
+
 def _has_column(name: str, *, kind: str, entity: str) -> bool:
-    if entity == "impression":
+    if entity == "impression" or kind == "label":
         return kind == "categorical" and name in CONTEXT_COLUMNS
     if kind == "numeric":
         hours = SALES_COLUMN.fullmatch(name)
@@ -176,6 +189,10 @@ class _LogWriter:
         self.impressions = impressions_schema(settings, key=key)
         self.catalogue = catalogue_schema(settings, key=key)
         self.counters = counters_schema(settings, key=key)
+        self.purchases = None
+        if any(label.name == PURCHASED for label in settings.select(kind="label")):
+            assert source.purchase_rate is not None, "check_columns comes first"
+            self.purchases = Purchases(self.market, seed=settings.seed, rate=source.purchase_rate)
         self.tally = OracleTally()
         self.num_versions = self.num_counter_rows = self.num_requests = 0
         self.first: datetime | None = None
@@ -239,6 +256,8 @@ class _LogWriter:
 
     def _write_impressions(self, day: Day, root: Path, stamp: str) -> None:
         source = self.source
+        if self.purchases is not None:
+            self.purchases.pass_day()
         rng = np.random.default_rng([self.settings.seed, 4, day.day])
         num_requests = max(1, source.impressions_per_day // source.ads_per_page)
         hours = np.repeat(np.arange(HOURS_A_DAY), rng.multinomial(num_requests, day.traffic))
@@ -302,6 +321,11 @@ class _LogWriter:
             "application": self.vocabulary.applications.take(pa.array(apps[parent])),
             **hour_columns(event_times // HOUR_MICROS),
         }
+        if self.purchases is not None:
+            bought = self.purchases.probabilities(row_hours, flat, logits)
+            luck = np.random.default_rng([self.settings.seed, 6, day.day, self.num_requests])
+            purchased = (luck.random(flat.size) < bought).astype(np.float64)
+            columns[PURCHASED] = pa.array(purchased, mask=~clicked)
         self.num_requests += count
         first, last = (_moment(value) for value in (int(times[0]), int(times[-1])))
         self.first = self.first or first
@@ -335,6 +359,8 @@ class _LogWriter:
         """What the best possible model scores, overall and by day of the market."""
         settings = self.settings.model_dump(mode="json")
         described = {name: settings[name] for name in ("seed", "source", "features")}
+        if described["source"]["purchase_rate"] is None:
+            del described["source"]["purchase_rate"]  # as before there was such a setting
         return {
             "auc": report.auc,
             "auc_by_day": {

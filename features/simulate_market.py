@@ -190,9 +190,9 @@ class Market:
     def _pass_hour(self) -> None:
         """Let one hour pass for everything that drifts."""
         shape, rng = self.shape, self._rng
-        self._words = _drift(rng, self._words, shape.words_hours)
-        self._affinity = _drift(rng, self._affinity, shape.affinity_hours)
-        self._category = _drift(rng, self._category, shape.category_hours)
+        self._words = drift(rng, self._words, shape.words_hours)
+        self._affinity = drift(rng, self._affinity, shape.affinity_hours)
+        self._category = drift(rng, self._category, shape.category_hours)
         self._campaign.pass_hour(rng)
         self._application.pass_hour(rng)
         keep = np.exp(-1 / shape.shock_decay_hours)
@@ -320,7 +320,7 @@ def draw(cdf: Floats, hours: Indices, chances: Floats) -> Indices:
     return np.minimum(found, (hours + 1) * num_products - 1) - hours * num_products
 
 
-def _drift(rng: np.random.Generator, state: Floats, hours: float) -> Floats:
+def drift(rng: np.random.Generator, state: Floats, hours: float) -> Floats:
     """One hour of a stationary AR(1) process with unit variance and correlation time ``hours``."""
     keep = math.exp(-1 / hours)
     moved: Floats = keep * state + math.sqrt(1 - keep**2) * rng.standard_normal(state.shape)

@@ -126,7 +126,7 @@ class SoftLabels:
         Args:
             settings: ``teacher.ensemble`` names the teachers beside the first.
             teacher: The name of one of them, to hear that one alone. The mean of all when not
-                given; only the first where there is no ensemble.
+                given, but for those of another label; only the first where there is no ensemble.
             texts: Texts that rows point to, ``text_id`` and the text features; those of the
                 workspace when not given. See also ``with_texts``.
             keys: Inner tensors that the first teacher keeps of each pass, for matches. Name those
@@ -143,6 +143,7 @@ class SoftLabels:
         others = (
             TeacherLabels.open(as_member(settings, member), name=member.name, texts=texts)
             for member in settings.teacher.ensemble
+            if member.label is None
         )
         return cls((TeacherLabels.open(settings, texts=texts, keys=keys), *others))
 

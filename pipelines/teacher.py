@@ -16,7 +16,13 @@ from driftline.features.texts import known_texts, read_texts
 from driftline.pipelines.provenance import code_version
 from driftline.pipelines.student_vocabulary import small_tokenizer
 from driftline.pipelines.teacher_input import RowSerialiser, TeacherInput, teacher_columns
-from driftline.pipelines.training_sets import clicks, known_frame, newest, split_rows
+from driftline.pipelines.training_sets import (
+    clicks,
+    known_frame,
+    newest,
+    split_rows,
+    with_outcome,
+)
 from driftline.platform.artefacts import (
     hash_file,
     hash_value,
@@ -92,6 +98,7 @@ def train_teacher(
     *,
     name: str | None = None,
     share: tuple[float, float] = (0, 1),
+    label: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Teacher:
     """Tokeniser, MLM, supervised training on OOD rows, frozen (papers.md S0.7).
@@ -102,6 +109,7 @@ def train_teacher(
         settings: ``teacher`` and ``seed`` say how.
         name: Of a member of the ensemble; the market's first teacher when not given.
         share: Part of the OOD window to learn from; see ``stale_part``.
+        label: Outcome to learn; the click when not given.
         progress: Called with steps done and steps in all of a stage.
 
     Raises:
@@ -110,7 +118,7 @@ def train_teacher(
     """
     workspace = Workspace.of(settings)
     path = _path(workspace, name)
-    key = teacher_key(settings, share=share)
+    key = teacher_key(settings, share=share, label=label)
     if path.exists():
         teacher = Teacher.open(workspace, name)
         check_frozen(teacher, key)
@@ -118,7 +126,7 @@ def train_teacher(
         return teacher
     started = time.monotonic()
     window, as_of = stale_part(settings, share)
-    frame = known_frame(settings, window, as_of=as_of)
+    frame = with_outcome(known_frame(settings, window, as_of=as_of), label)
     keep_rate = settings.teacher.negative_keep_rate or settings.labels.negative_keep_rate
     max_rows = settings.teacher.supervised.max_rows
     rows = split_rows(settings, frame, max_rows=max_rows, keep_rate=keep_rate)
@@ -158,6 +166,7 @@ def train_teacher(
             "max_tokens": reader.max_tokens,
             "spec": spec.model_dump(mode="json"),
             "keep_rate": keep_rate,
+            **({} if label is None else {"label": label}),
             "window": [format_time(window.start), format_time(window.end)],
             "num_rows": rows.train.num_rows,
             "seconds": round(time.monotonic() - started, 1),
@@ -269,12 +278,18 @@ def _stages(
     return stages
 
 
-def teacher_key(settings: DriftlineSettings, *, share: tuple[float, float] = (0, 1)) -> str:
+def teacher_key(
+    settings: DriftlineSettings,
+    *,
+    share: tuple[float, float] = (0, 1),
+    label: str | None = None,
+) -> str:
     """Hash of all settings that shape a teacher; more teachers beside it do not."""
     shaping = {"name", "seed", "features", "counters", "labels", "split", "tokenizer", "teacher"}
     beside = {"teacher": {"ensemble", "features"}}
     value = settings.model_dump(mode="json", include=shaping, exclude=beside)
-    return hash_value(value if share == (0, 1) else [value, *share])[:12]
+    own = [*share, label]
+    return hash_value(value if own == [0, 1, None] else [value, *own])[:12]
 
 
 def _path(workspace: Workspace, name: str | None) -> Path:

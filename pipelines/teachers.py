@@ -14,7 +14,7 @@ from driftline.pipelines.teacher import (
     train_teacher,
 )
 from driftline.pipelines.teacher_input import teacher_columns
-from driftline.pipelines.training_sets import known_frame
+from driftline.pipelines.training_sets import known_frame, with_outcome
 from driftline.platform.errors import EmptyWindowError, SettingsError
 from driftline.platform.settings import DriftlineSettings, TeacherMember
 from driftline.platform.workspace import Workspace
@@ -66,6 +66,7 @@ def train_teachers(
                 as_member(settings, member),
                 name=member.name,
                 share=member.window,
+                label=member.label,
                 progress=progress,
             )
         )
@@ -79,11 +80,18 @@ def check_members(settings: DriftlineSettings) -> None:
         own = as_member(settings, member)
         if (workspace.teachers / member.name).exists():
             teacher = Teacher.open(workspace, member.name)
-            check_frozen(teacher, teacher_key(own, share=member.window))
+            check_frozen(teacher, teacher_key(own, share=member.window, label=member.label))
             continue
         teacher_columns(own)
         window, as_of = stale_part(own, member.window)
-        frame = known_frame(own, window, as_of=as_of, columns=["event_time", "clicked"])
+        labels = [label.name for label in settings.select(kind="label")]
+        if member.label is not None and member.label not in labels:
+            raise SettingsError(
+                f"teacher {member.name!r}: {member.label!r} is no feature of kind label, got "
+                f"{labels}; declare it in `features:`"
+            )
+        frame = known_frame(own, window, as_of=as_of, columns=["event_time", "clicked", *labels])
+        frame = with_outcome(frame, member.label)
         clicked = frame["clicked"]
         if len(clicked.unique()) < 2:
             raise EmptyWindowError(

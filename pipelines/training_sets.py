@@ -14,7 +14,7 @@ from driftline.features.frames import read_frames
 from driftline.features.log import ImpressionLog
 from driftline.platform.columns import PRODUCT_ALIASES, TEXT_ID_COLUMNS
 from driftline.platform.contract import TIME
-from driftline.platform.errors import EmptyWindowError
+from driftline.platform.errors import EmptyWindowError, SettingsError
 from driftline.platform.examples import PairRows, write_pairs
 from driftline.platform.sampling import part_mask, thinned, unit_hash
 from driftline.platform.settings import DriftlineSettings
@@ -160,6 +160,30 @@ def write_pair_examples(
     )
     write_pairs(destination, examples)
     return destination
+
+
+def with_outcome(frame: pa.Table, label: str | None) -> pa.Table:
+    """The rows whose label is known, with that label in the place of the click.
+
+    So whatever is made for clicks (thinning, teacher, soft labels, examples) serves other outcomes.
+
+    Args:
+        frame: Rows.
+        label: A feature of kind ``label``; the click when not given.
+
+    Raises:
+        SettingsError: the frame has no such label.
+    """
+    if label is None:
+        return frame
+    if label not in frame.column_names:
+        raise SettingsError(
+            f"label {label!r} is no column of the log; declare it in `features:` with kind: label "
+            "and entity: impression"
+        )
+    known = frame.filter(pc.is_valid(frame[label]))
+    place = known.column_names.index("clicked")
+    return known.set_column(place, "clicked", known[label])
 
 
 def clicks(frame: pa.Table) -> NDArray[np.float32]:

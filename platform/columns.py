@@ -51,7 +51,7 @@ def head_columns(settings: DriftlineSettings) -> tuple[HeadColumn, ...]:
     """
     columns: list[HeadColumn] = []
     for feature in settings.features:
-        if feature.kind == "text":
+        if feature.kind == "text" or feature.kind == "label":
             continue
         assert feature.tier != "auto", "resolve_tiers comes first"
         aliases = PRODUCT_ALIASES if feature.entity == "product" else (None,)

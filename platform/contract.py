@@ -13,7 +13,12 @@ from driftline.platform.settings import DriftlineSettings
 TIME: Final = pa.timestamp("us", tz="UTC")
 KEY_TYPES: Final = (pa.int64(), pa.string())
 
-ARROW_TYPES: Final = {"text": pa.string(), "categorical": pa.string(), "numeric": pa.float64()}
+ARROW_TYPES: Final = {
+    "text": pa.string(),
+    "categorical": pa.string(),
+    "numeric": pa.float64(),
+    "label": pa.float64(),
+}
 
 OPTIONAL_IMPRESSION_FIELDS: Final = (
     pa.field("request_id", pa.string()),  # groups the ads shown together; the bootstrap unit
@@ -26,7 +31,7 @@ def impressions_schema(settings: DriftlineSettings, *, key: pa.DataType) -> pa.S
     """One ad shown on one page. ``impression_id`` is unique; ``click_time`` may be null.
 
     A clicked row without ``click_time`` counts as clicked at an unknown moment before its label
-    matures. Categorical values are strings; a null means "not known".
+    matures. Categorical values are strings; a null means "not known". Labels lie in [0, 1].
     """
     return pa.schema(
         [
@@ -36,7 +41,10 @@ def impressions_schema(settings: DriftlineSettings, *, key: pa.DataType) -> pa.S
             pa.field("ad_product_id", key, nullable=False),
             *(
                 pa.field(feature.name, ARROW_TYPES[feature.kind])
-                for feature in settings.select(entity="impression")
+                for feature in (
+                    *settings.select(entity="impression"),
+                    *settings.select(kind="label"),
+                )
             ),
             pa.field("clicked", pa.bool_(), nullable=False),
             pa.field("click_time", TIME),

@@ -2,7 +2,7 @@
 
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AwareDatetime,
@@ -52,11 +52,23 @@ class Feature(Settings):
     """One column of the log and the speed at which it drifts (papers.md S0.2)."""
 
     name: FeatureName
-    kind: Literal["text", "categorical", "numeric"]
+    kind: Literal["text", "categorical", "numeric", "label"]
+    """A ``label`` is one more outcome beside the click, such as a purchase or dwell time, between
+    0 and 1: something to be learned, which no model reads. Missing where not known."""
     entity: Literal["product", "impression"]
     """``product`` columns come from the catalogue (text, categorical) or from the counters table
     (numeric); ``impression`` columns stand in the impression itself."""
     tier: TierName | Literal["auto"]
+    """A label has none; it is believed as long after the impression as the click."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _labels_have_no_tier(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or raw.get("kind") != "label":
+            return raw
+        if raw.get("tier", "short") != "short":
+            raise ValueError(f"a label has no tier, got {raw['tier']!r}; leave it out")
+        return {**raw, "tier": "short"}
 
     @model_validator(mode="after")
     def _text_belongs_to_products(self) -> Self:
@@ -64,6 +76,10 @@ class Feature(Settings):
             raise ValueError(
                 f"feature {self.name!r}: text must have entity 'product', got 'impression'; "
                 "the arms encode products"
+            )
+        if self.kind == "label" and self.entity == "product":
+            raise ValueError(
+                f"feature {self.name!r}: a label must have entity 'impression', got 'product'"
             )
         return self
 
@@ -150,6 +166,9 @@ class SimulateSource(Settings):
     click_rate: Share = 0.05
     campaign_days: PositiveFloat = 14.0
     """How long a campaign of an advertiser lasts on average; applications drift as fast."""
+    purchase_rate: Share | None = None
+    """Share of clicks that end in a purchase. With it the market has an impression column
+    ``purchased`` (a label: 1 or 0 for clicks, missing for the rest), which drifts as clicks do."""
     start: AwareDatetime
     """First moment of the market."""
 

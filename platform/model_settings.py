@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from driftline.platform.data_settings import Settings
+from driftline.platform.data_settings import FeatureName, Settings
 from driftline.platform.models.grid import named_size
 from driftline.platform.objective_settings import ObjectiveSettings
 from driftline.platform.strategy_settings import ArmsRefreshSettings
@@ -115,6 +115,9 @@ class TeacherMember(Settings):
     columns: tuple[str, ...] | None = None
     """Frame columns it reads beside the text."""
     negative_keep_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    label: FeatureName | None = None
+    """Another outcome than the click, a feature of kind ``label``, that it learns. It then speaks
+    of that alone and is not part of the mean."""
     mlm: StageSettings | Literal["same"] | None = "same"
     """Masked-language training before the clicks; none starts from the encoder as it is."""
     supervised: StageSettings | None = None
