@@ -59,14 +59,14 @@ def make_plan(settings: DriftlineSettings) -> dict[str, Any]:
                 "parameter_freshness_hours": settings.tiers[name].parameter_freshness_hours,
                 "on_stale": settings.tiers[name].on_stale,
                 "materialize_every_hours": due.materialize[name] / HOUR,
-                "features": [f.name for f in settings.features if f.tier == name],
+                "features": [f.name for f in settings.select() if f.tier == name],
             }
             for name in due.materialize
         },
         "teacher": [*(f.name for f in settings.select(kind="text")), *teacher_reads],
         "arms": [feature.name for feature in settings.select(kind="text")],
         "head": {
-            "declared": [f.name for f in settings.features if f.kind != "text"],
+            "declared": [f.name for f in settings.select() if f.kind != "text"],
             "counters_per_product": len(product_counter_names(settings.counters)),
             "counters_per_category": (
                 len(group_counter_names(settings.counters)) if settings.counters.category else 0
