@@ -4,8 +4,9 @@ Shape suffixes: B rows, C categorical columns, F numeric inputs, H vector width,
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import assert_never
+from typing import Any, Final, assert_never
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from driftline.platform.devices import to_device
 from driftline.platform.errors import ContractError
 from driftline.platform.examples import (
     Float32,
+    Int64,
     PairRows,
     Ragged,
     Texts,
@@ -39,6 +41,8 @@ from driftline.platform.models.spec import (
 )
 from driftline.platform.models.student import AD, PAGE, TokenGroup
 
+NUM_FRAME_TOKENS: Final = 2  # [CLS] and [SEP] of a serialised row
+
 
 class ClickInputs(ABC):
     """Rows of one example file for one kind of model."""
@@ -46,6 +50,8 @@ class ClickInputs(ABC):
     num_rows: int
     clicked: Float32
     teacher_logits: Float32 | None
+    teacher_rows: Int64 | None = None
+    """Where the teacher's features of each row are, -1 for none; see ``TeacherFeatures``."""
     lengths: NDArray[np.int64] | None = None
     """Tokens of each row, where rows of similar length should share a batch."""
     block_rows: int = 1
@@ -55,12 +61,26 @@ class ClickInputs(ABC):
     def collate(self, rows: Rows) -> tuple[object, ...]:
         """Arguments of the model's ``forward`` for these rows, on the CPU."""
 
+    def arguments(self, rows: Rows, *, device: torch.device) -> list[Any]:
+        """What ``collate`` gives, where the model is."""
+        moved = to_device(self.collate(rows), device)
+        assert isinstance(moved, list)
+        return moved
+
     def logits(self, model: nn.Module, rows: Rows, *, device: torch.device) -> Tensor:
         """Run the model. ``[B, 2]``."""
-        arguments = to_device(self.collate(rows), device)
-        assert isinstance(arguments, list)
-        logits: Tensor = model(*arguments)
+        logits: Tensor = model(*self.arguments(rows, device=device))
         return logits
+
+    def mask(self, arguments: Sequence[Any]) -> Tensor | None:
+        """Which tokens of each row are real; None for a model that reads no row as tokens."""
+        del arguments
+        return None
+
+    def num_tokens(self, rows: Rows) -> Int64 | None:
+        """Tokens of each row as the model reads it; None where ``mask`` is None. ``[B]``."""
+        del rows
+        return None
 
 
 class TowerInputs(ClickInputs):
@@ -72,11 +92,21 @@ class TowerInputs(ClickInputs):
         self.num_rows = len(rows)
         self.clicked = rows.clicked if rows.clicked is not None else _unknown(len(rows))
         self.teacher_logits = rows.teacher_logits
+        self.teacher_rows = rows.teacher_rows
         self.lengths = rows.tokens.lengths
 
     def collate(self, rows: Rows) -> tuple[object, ...]:
         """Framed tokens and their mask."""
         return frame_texts(self.spec, self.tokens, rows, role=None)
+
+    def mask(self, arguments: Sequence[Any]) -> Tensor | None:
+        """See ``ClickInputs``. ``[B, T]``."""
+        mask: Tensor = arguments[1]
+        return mask
+
+    def num_tokens(self, rows: Rows) -> Int64 | None:
+        """See ``ClickInputs``."""
+        return np.minimum(self.tokens.lengths[rows] + NUM_FRAME_TOKENS, self.spec.max_tokens)
 
 
 class _PairInputs(ClickInputs):
@@ -87,6 +117,7 @@ class _PairInputs(ClickInputs):
         self.num_rows = len(rows)
         self.clicked = rows.clicked
         self.teacher_logits = rows.teacher_logits
+        self.teacher_rows = rows.teacher_rows
         _check_shape(rows, cardinalities, num_numbers)
 
     def tabular(self, rows: Rows) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,7 @@ class MlmTask:
         seed: int,
         max_rows: int | None = None,
     ) -> None:
-        self.encoder, self.roles = _roles(spec)
+        self.encoder, self.roles = roles_of(spec)
         self.train = train
         self.validation = validation
         self.workers = workers
@@ -94,16 +94,16 @@ class MlmTask:
 
     def draw(
         self, source: TokenRows, rows: Rows, *, step: int
-    ) -> tuple[list[DrawnTexts], int, int]:
+    ) -> tuple[list[DrawnTexts], int, list[NDArray[np.int64]]]:
         """Roles and masks of a step, from the seed.
 
         Returns:
-            This worker's share of each role's texts; masked positions and tokens of the whole
-            step, the same in every worker.
+            This worker's share of each role's texts; number of masked positions in the whole step
+            and, for each role, tokens of each text: the same in every worker.
         """
         random = np.random.default_rng((self.seed, step))
         role_B = random.integers(len(self.roles), size=len(rows))
-        parts, num_masked, num_tokens = [], 0, 0
+        parts, num_masked, lengths = [], 0, []
         for number, role in enumerate(self.roles):
             chosen = rows[role_B == number]
             tokens_BT, mask_BT = frame_texts(
@@ -111,7 +111,7 @@ class MlmTask:
             )
             masked_BT, picked_BT = self._mask(tokens_BT.numpy(), random)
             num_masked += int(picked_BT.sum())
-            num_tokens += int(mask_BT.sum()) if len(chosen) else 0
+            lengths.append(mask_BT.sum(dim=1).numpy()[: len(chosen)])
             own, counted = slice(self.workers.rank, None, self.workers.world_size), len(chosen) > 0
             if len(picked_BT) <= self.workers.rank:  # fewer texts than workers: one, unmasked
                 own, picked_BT, counted = slice(0, 1), np.zeros_like(picked_BT), False
@@ -119,7 +119,7 @@ class MlmTask:
             target_K = tokens_BT[own].flatten()[place_K]
             masked = torch.from_numpy(masked_BT[own])
             parts.append(DrawnTexts((masked, mask_BT[own], place_K, target_K), counted))
-        return parts, num_masked, num_tokens
+        return parts, num_masked, lengths
 
     def _mask(
         self, tokens_BT: NDArray[np.int64], random: np.random.Generator
@@ -143,16 +143,28 @@ def masked_language_model(model: nn.Module) -> MaskedLanguageModel:
     Raises:
         ValueError: the model has no encoder.
     """
+    return MaskedLanguageModel(encoders_of(model))
+
+
+def encoders_of(model: nn.Module) -> list[TextEncoder]:
+    """Encoders that masked-language training trains.
+
+    Raises:
+        ValueError: the model has none.
+    """
     if isinstance(model, ClickTower):
-        return MaskedLanguageModel([model.encoder])
+        return [model.encoder]
     if isinstance(model, TwinStudent):
-        backbones = [b for b in model.arms.backbones if isinstance(b, TextEncoder)]
-        return MaskedLanguageModel(backbones)
+        return [b for b in model.arms.backbones if isinstance(b, TextEncoder)]
     raise ValueError(f"masked-language training needs an encoder; {type(model).__name__} has none")
 
 
-def _roles(spec: ModelSpec) -> tuple[EncoderSpec, tuple[int | None, ...]]:
-    """Encoder and the roles it reads texts in: part n of a step is for encoder n modulo them."""
+def roles_of(spec: ModelSpec) -> tuple[EncoderSpec, tuple[int | None, ...]]:
+    """Encoder and the roles it reads texts in: part n of a step is for encoder n modulo them.
+
+    Raises:
+        ValueError: the model has no encoder.
+    """
     match spec:
         case TeacherSpec() | SingleSpec():
             return spec.encoder, (None,)

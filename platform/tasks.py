@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from driftline.platform.batching import Rows, by_length
+from driftline.platform.distillation.row_matching import RowMatching
+from driftline.platform.distillation.schedules import Weight
 from driftline.platform.inputs import ClickInputs
 from driftline.platform.metrics import roc_auc
 from driftline.platform.objective import click_loss, soft_loss
@@ -63,7 +65,14 @@ class Task(Protocol):
 
 
 class ClickTask:
-    """Clicks, soft labels or both (papers.md S0.16-S0.21)."""
+    """Clicks, soft labels or both, and matches with the teacher (papers.md S0.16-S0.21, section 6).
+
+    Soft labels stand beside the examples; where they do not, a live teacher gives them. Schedules
+    shape the training; evaluations weigh all parts by their bases, so that they can be compared.
+    """
+
+    num_batches: int = 1
+    """Of the whole training, for weights with a schedule."""
 
     def __init__(
         self,
@@ -75,10 +84,13 @@ class ClickTask:
         workers: Workers,
         seed: int,
         max_rows: int | None = None,
+        matching: RowMatching | None = None,
     ) -> None:
         self.train = train
         self.validation = validation
         self.objective = objective
+        self.matching = matching
+        self._judged = objective and unscheduled(objective)
         self.workers = workers
         self.num_rows = min(train.num_rows, max_rows or train.num_rows)
         self.first_row = train.num_rows - self.num_rows
@@ -92,40 +104,116 @@ class ClickTask:
     def loss(self, model: nn.Module, rows: Rows, *, step: int, device: torch.device) -> Tensor:
         """See ``Task``."""
         own = self.workers.share(rows)
-        logits_B2 = self.train.logits(model, own, device=device)
-        losses_B = self._row_losses(self.train, own, logits_B2)
-        return losses_B.sum() * (self.workers.world_size / len(rows))
+        progress = min(1.0, (step - 1) / self.num_batches)
+        share = self.workers.world_size / len(rows)
+        if self.matching is None:
+            logits_B2 = self.train.logits(model, own, device=device)
+            losses_B = self._row_losses(self.train, own, logits_B2, progress=progress)
+            return losses_B.sum() * share
+        found = self.matching.run(model, self.train, own, device=device)
+        losses_B = self._row_losses(
+            self.train, own, found.logits, found.teacher_logits, progress=progress
+        )
+        total = losses_B.sum() * share
+        weights = self.matching.matching.weights(progress)
+        shares = self.matching.shares(self.train, own, rows)
+        for name, loss in found.matches.items():
+            total = total + weights[name] * shares[name] * self.workers.world_size * loss
+        return total
 
     def evaluate(self, model: nn.Module, *, device: torch.device) -> dict[str, float]:
-        """Objective, soft loss and AUC on true clicks."""
+        """Objective, its parts and AUC on true clicks.
+
+        ``loss`` is the objective; ``hard_loss`` and ``soft_loss`` (with t^2) are means over the
+        rows that have the label, ``match_NAME`` over those that have the teacher's tensors.
+        """
         if self.validation is None or not len(self.evaluated):
             return {}
         own = np.arange(len(self.evaluated))[self.workers.rank :: self.workers.world_size]
         logits_N2 = np.zeros((len(self.evaluated), 2))
-        logits_N2[own] = predict(model, self.validation, self.evaluated[own], device=device)
+        teacher_N2 = np.full((len(self.evaluated), 2), np.nan)
+        matches: dict[str, float] = {}
+        if self.matching is None:
+            logits_N2[own] = predict(model, self.validation, self.evaluated[own], device=device)
+        else:
+            matches = self._compare(model, own, logits_N2, teacher_N2, device)
         logits_N2 = self.workers.all_sum(logits_N2, device)
-        return self._measure(self.validation, torch.from_numpy(logits_N2))
+        if self.validation.teacher_logits is not None:
+            teacher_N2 = self.validation.teacher_logits[self.evaluated].astype(np.float64)
+        elif self.workers.world_size > 1 and self._live:
+            teacher_N2 = self.workers.all_sum(np.nan_to_num(teacher_N2), device)
+        logits, teacher = torch.from_numpy(logits_N2), torch.from_numpy(teacher_N2)
+        return self._measure(self.validation, logits, teacher, matches)
 
-    def _row_losses(self, inputs: ClickInputs, rows: Rows, logits_B2: Tensor) -> Tensor:
+    def _compare(
+        self,
+        model: nn.Module,
+        own: Rows,
+        logits_N2: NDArray[np.float64],
+        teacher_N2: NDArray[np.float64],
+        device: torch.device,
+    ) -> dict[str, float]:
+        """Fill in the logits of this worker's rows; mean of each match over all rows."""
+        assert self.validation is not None
+        assert self.matching is not None
+        names = self.matching.matching.names
+        sums = np.zeros((len(names), 2))
+        for places in inference_batches(self.validation, self.evaluated[own]):
+            rows = self.evaluated[own[places]]
+            found = self.matching.run(model, self.validation, rows, device=device)
+            logits_N2[own[places]] = found.logits.float().cpu().numpy()
+            if found.teacher_logits is not None:
+                teacher_N2[own[places]] = found.teacher_logits.float().cpu().numpy()
+            amounts = self.matching.amounts(self.validation, rows)
+            for number, name in enumerate(names):
+                sums[number] += amounts[name] * float(found.matches[name]), amounts[name]
+        sums = self.workers.all_sum(sums, device)
+        return {
+            name: float(total / amount)
+            for name, (total, amount) in zip(names, sums, strict=True)
+            if amount
+        }
+
+    def _row_losses(
+        self,
+        inputs: ClickInputs,
+        rows: Rows,
+        logits_B2: Tensor,
+        live_B2: Tensor | None = None,
+        *,
+        progress: float,
+    ) -> Tensor:
         device = logits_B2.device
-        teacher = inputs.teacher_logits
-        return click_loss(
-            logits_B2,
-            torch.from_numpy(inputs.clicked[rows]).to(device),
-            None if teacher is None else torch.from_numpy(teacher[rows]).to(device),
-            self.objective,
-        )
+        stored = inputs.teacher_logits
+        teacher = live_B2 if stored is None else torch.from_numpy(stored[rows]).to(device)
+        clicked = torch.from_numpy(inputs.clicked[rows]).to(device)
+        return click_loss(logits_B2, clicked, teacher, self.objective, progress=progress)
 
-    def _measure(self, inputs: ClickInputs, logits_N2: Tensor) -> dict[str, float]:
+    def _measure(
+        self,
+        inputs: ClickInputs,
+        logits_N2: Tensor,
+        teacher_N2: Tensor,
+        matches: dict[str, float],
+    ) -> dict[str, float]:
         rows = self.evaluated
-        measures = {"loss": float(self._row_losses(inputs, rows, logits_N2).mean())}
-        if inputs.teacher_logits is not None:
-            teacher_N2 = torch.from_numpy(inputs.teacher_logits[rows])
-            known = ~torch.isnan(teacher_N2).any(dim=1)
-            if known.any():
-                objective = self.objective or ObjectiveSettings()
-                losses = soft_loss(logits_N2[known].float(), teacher_N2[known], objective)
-                measures["soft_loss"] = float(losses.mean())
+        clicked_N = torch.from_numpy(inputs.clicked[rows])
+        known = ~torch.isnan(teacher_N2).any(dim=1)
+        teacher = teacher_N2 if known.any() else None
+        losses_N = click_loss(logits_N2, clicked_N, teacher, self._judged)
+        measures = {"loss": float(losses_N.mean())}
+        if self.matching is not None:
+            weights = self.matching.matching.base_weights
+            measures["loss"] += sum(weights[name] * value for name, value in matches.items())
+        measures |= {f"match_{name}": value for name, value in matches.items()}
+        clicks = ~torch.isnan(clicked_N)
+        if self.objective is not None and clicks.any():
+            hard_N = click_loss(logits_N2[clicks], clicked_N[clicks], None, None)
+            measures["hard_loss"] = float(hard_N.mean())
+        if teacher is not None:
+            objective = self._judged or ObjectiveSettings()
+            losses = soft_loss(logits_N2[known].float(), teacher_N2[known].float(), objective)
+            measures["soft_loss"] = float(losses.mean())
         judged = _hard_labels(inputs.clicked[rows])
         margin_N = (logits_N2[:, 1] - logits_N2[:, 0]).numpy()
         measures["auc"] = roc_auc(inputs.clicked[rows][judged], margin_N[judged])
@@ -139,9 +227,24 @@ class ClickTask:
         teacher = self.validation.teacher_logits
         if wanted == "auc" and len(np.unique(clicked[_hard_labels(clicked)])) < 2:
             return "loss"
-        if wanted == "soft_loss" and (teacher is None or np.isnan(teacher[self.evaluated]).all()):
+        unlabelled = teacher is None or bool(np.isnan(teacher[self.evaluated]).all())
+        if wanted == "soft_loss" and unlabelled and not self._live:
             return "loss"
         return wanted
+
+    @property
+    def _live(self) -> bool:
+        return self.matching is not None and self.matching.teacher is not None
+
+
+def unscheduled(objective: ObjectiveSettings) -> ObjectiveSettings:
+    """The same objective with the base of every weight."""
+    weights = {
+        name: Weight(base=weight.base)
+        for name in ("hard_weight", "soft_weight")
+        if (weight := getattr(objective, name)) is not None
+    }
+    return objective.model_copy(update=weights)
 
 
 def predict(
