@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from driftline.pipelines.console import Output, progress_bar, quiet_libraries, set_up_logging
+from driftline.platform.artefacts import read_json
 from driftline.platform.errors import DriftlineError, SettingsError
 from driftline.platform.settings import DriftlineSettings, load_settings
 from driftline.platform.windows import parse_time
@@ -294,6 +295,45 @@ def replay(config: Config, set_: Set = None, json_: Json = False) -> None:
 
 
 @app.command()
+def study(
+    file: Annotated[
+        Path | None, typer.Argument(help="Study file, or the name of one of configs/studies/.")
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Name all studies, run none.")] = False,
+    seeds: Annotated[str | None, typer.Option(help="Instead of the file's: 1,2,3.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only this variant; repeatable.")] = None,
+    folder: Annotated[Path, typer.Option(help="Of markets, trials, results.")] = Path(
+        "runs/studies"
+    ),
+    results: Annotated[Path | None, typer.Option(help="Also write table and plot here.")] = None,
+    at_once: Annotated[int, typer.Option(min=1, help="Trials at the same time.")] = 1,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Repeat one of the papers' studies: a table, a plot, and which of their claims held."""
+    from driftline.pipelines.study import StudyRequest, list_studies, run_study
+
+    if list_:
+        found = list_studies()
+        Output(json_).show(_lines(list(found)), dict(found))
+        return
+    if file is None:
+        raise SettingsError("study needs a file or a name; `driftline study --list` gives them")
+    request = StudyRequest(
+        path=file,
+        folder=folder,
+        results=results,
+        overrides=tuple(set_ or ()),
+        seeds=_seeds(seeds),
+        only=tuple(only or ()),
+        at_once=at_once,
+    )
+    report = run_study(request, progress_bar=progress_bar)
+    text = f"{report.markdown.read_text()}\n{report.markdown}"
+    Output(json_).show(text, read_json(report.json))
+
+
+@app.command()
 def serve(config: Config, set_: Set = None) -> None:
     """Serve the champion in the foreground, until Ctrl-C."""
     from driftline.serving.server import serve_forever
@@ -423,6 +463,13 @@ def _time(text: str) -> datetime:
         return parse_time(text)
     except ValueError as error:
         raise SettingsError(f"--as-of: {error}") from error
+
+
+def _seeds(text: str | None) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError as error:
+        raise SettingsError(f"--seeds must be numbers such as 1,2,3, got {text!r}") from error
 
 
 def _log_folder(settings: DriftlineSettings, out: Path | None) -> Path:

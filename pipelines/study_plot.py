@@ -14,7 +14,8 @@ from driftline.pipelines.study_results import StudyResults
 from driftline.pipelines.study_table import Entry, entry_of
 from driftline.platform.bootstrap import Interval
 from driftline.platform.study_measures import MEASURES
-from driftline.platform.study_settings import StudyCell, StudyColumn, StudySettings
+from driftline.platform.study_parts import StudyColumn
+from driftline.platform.study_settings import StudyCell, StudySettings
 
 LINES: Final = (  # Okabe and Ito, as in the report
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1b1f24",

@@ -132,3 +132,18 @@ class StudyResults:
         if len(known) < len(samples):
             return None
         return combine(known, lambda value, base: 100 * (value / base - 1))
+
+    def share(self, cell: str, ends: tuple[str, str], measure: str) -> Sample | None:
+        """Percent of the way from one cell to another that this one has gone (papers.md S1.13)."""
+        names = {"value": cell, "first": ends[0], "last": ends[1]}
+        samples = {key: self.sample(name, measure) for key, name in names.items()}
+        known = {key: sample for key, sample in samples.items() if sample is not None}
+        if len(known) < len(samples):
+            return None
+        return combine(known, _percent_of_the_way)
+
+
+def _percent_of_the_way(value: FloatArray, first: FloatArray, last: FloatArray) -> FloatArray:
+    way = last - first
+    gone = np.divide(value - first, way, out=np.full_like(way, np.nan), where=way != 0)
+    return np.asarray(100 * gone)

@@ -14,7 +14,8 @@ from driftline.pipelines.study_results import StudyResults
 from driftline.pipelines.study_statistics import Estimate, estimate
 from driftline.platform.bootstrap import Interval
 from driftline.platform.study_measures import MEASURES, Measure
-from driftline.platform.study_settings import StudyCell, StudyColumn, StudySettings
+from driftline.platform.study_parts import StudyColumn
+from driftline.platform.study_settings import StudyCell, StudySettings
 
 DASH: Final = "\N{EN DASH}"
 MARKS: Final = {
@@ -34,6 +35,8 @@ class Entry:
     delta: Estimate | None
     """In percent of the baseline; None where there is no baseline to compare with."""
     is_baseline: bool
+    share: Estimate | None = None
+    """Percent of the way between two other cells, where the column asks for it."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class StudyTable:
                 "name": name,
                 "label": self.study.cells[name].label,
                 "measures": {
-                    column.measure: _entry_json(entry)
+                    column.name: _entry_json(entry)
                     for column, entry in zip(self.study.columns, entries, strict=True)
                 },
             }
@@ -95,7 +98,11 @@ def entry_of(
     delta = None
     if baseline is not None and baseline != cell.name:
         delta = results.delta(cell.name, baseline, column.measure)
+    share = None
+    if (ends := study.ends_of(cell, column)) is not None:
+        share = results.share(cell.name, ends, column.measure)
     return Entry(
+        share=None if share is None else estimate(share),
         value=None if sample is None else estimate(sample, exact=exact),
         delta=None if delta is None else estimate(delta, exact=exact),
         is_baseline=baseline == cell.name,
@@ -133,6 +140,9 @@ def _header(study: StudySettings) -> list[str]:
     heads = [""]
     for column in study.columns:
         label = MEASURES[column.measure].label
+        if column.between is not None:
+            first, last = (study.variants[name.partition("@")[0]] for name in column.between)
+            label += f", % of the way from “{first.label}” to “{last.label}”"
         heads.append(f"{label}, Δ %" if column.is_delta else label)
     return heads
 
@@ -146,6 +156,8 @@ def _row(table: StudyTable, name: str) -> list[str]:
 def entry_text(column: StudyColumn, entry: Entry) -> str:
     """One cell of the table as people read it."""
     measure = MEASURES[column.measure]
+    if column.between is not None:
+        return DASH if entry.share is None else interval_text(entry.share.interval, digits=0)
     if not column.is_delta:
         return _value_text(entry.value, measure)
     if entry.is_baseline and entry.value is not None:
@@ -255,6 +267,7 @@ def _entry_json(entry: Entry) -> dict[str, Any]:
         "is_baseline": entry.is_baseline,
         "value": _estimate_json(entry.value),
         "delta_percent": _estimate_json(entry.delta),
+        **({"share_percent": _estimate_json(entry.share)} if entry.share else {}),
     }
 
 

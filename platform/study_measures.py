@@ -19,16 +19,20 @@ class Measure:
 
 MEASURES: Final[dict[str, Measure]] = {
     # Ranking
-    "ood_auc": Measure("OOD AUC", relative=True),
+    "ood_auc": Measure("OOD AUC, finished", relative=True),
     "id_auc": Measure("ID AUC", relative=True),
-    "id_soft_auc": Measure("ID soft AUC", relative=True),
-    "next_auc": Measure("next-slice AUC", relative=True),
+    "id_soft_auc": Measure("ID soft AUC, finished", relative=True),
+    "distilled_ood_auc": Measure("OOD AUC", relative=True),
+    "distilled_id_auc": Measure("ID AUC before fine-tuning", relative=True),
+    "distilled_id_soft_auc": Measure("ID soft AUC", relative=True),
     "head_auc": Measure("AUC, head products", relative=True),
     "tail_auc": Measure("AUC, tail products", relative=True),
+    "new_auc": Measure("AUC, new products", relative=True),
     "mlm_accuracy": Measure("masked-word accuracy", relative=True),
     # Fit and level
     "log_loss": Measure("log loss", better="lower"),
     "normalised_entropy": Measure("NE", better="lower"),
+    "calibration_ratio": Measure("predicted per click"),
     "calibration_error": Measure("calibration error", better="lower"),
     # What went in
     "transfer_rows": Measure("transfer rows", digits=0, exact=True),
@@ -37,6 +41,10 @@ MEASURES: Final[dict[str, Measure]] = {
     "similarity": Measure("word-rank similarity S", digits=2),
     # What it cost
     "core_seconds": Measure("core-seconds", better="lower", digits=1),
+    "new_core_seconds": Measure("core-seconds, not shared", better="lower", digits=1),
+    "num_stages": Measure("stages", better="lower", digits=0),
+    "num_stages_trained": Measure("stages trained", better="lower", digits=0),
+    "teacher_passes": Measure("teacher passes", better="lower", digits=0),
     "distil_seconds": Measure("core-seconds of distillation", better="lower", digits=1),
     "encode_seconds": Measure("seconds to encode", better="lower", digits=3),
     "num_parameters": Measure("parameters", better="lower", digits=0, exact=True),
@@ -48,4 +56,7 @@ MEASURES: Final[dict[str, Measure]] = {
     ),
     "model_mib": Measure("MiB on disk", better="lower", digits=1, exact=True),
 }
-"""All measures that a study's columns, orderings and plot may name."""
+"""All measures that a study's columns, orderings and plot may name.
+
+``distilled_*`` are of the student before fine-tuning, where the paper measures its OOD and ID-soft
+columns (papers.md A0.19)."""

@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import yaml
 from pydantic import (
     Field,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     ValidationError,
     field_validator,
@@ -22,74 +23,20 @@ from pydantic import (
 
 from driftline.platform.data_settings import Settings
 from driftline.platform.errors import SettingsError
-from driftline.platform.study_claims import MeasureName, StudyOrdering
+from driftline.platform.study_claims import StudyOrdering
 from driftline.platform.study_contrasts import Contrast, parse_contrast
 from driftline.platform.study_measures import MEASURES
-
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]
-ValueName = Annotated[str, Field(pattern=r"^[a-z0-9_]+$", max_length=40)]
-Overrides = dict[str, Any]
-Form = Literal["twin", "twin_text", "single", "mlp", "teacher", "encoder"]
-
-
-class StudyVariant(Settings):
-    """One row of the table: how it differs from the market's settings."""
-
-    label: str | None = None
-    """What the table calls it; its name when not given."""
-    form: Form = "twin"
-    """``twin``: the student. ``twin_text``: the same without tabular features. ``single``: one
-    tower over all features as text (papers.md S0.30). ``mlp``, ``teacher``: the reference rows of
-    Table 3. ``encoder``: nothing is trained, only sizes and the time to encode are measured."""
-    strategy: str | int | None = None
-    """A named strategy (``pd``, ``pf``...) or the number of an approach of Table 3 (papers.md
-    S0.31); it keeps the recipes of the stages. None takes the settings as they are."""
-    overrides: Overrides = Field(default={}, alias="set")
-    """Settings by dotted path, as in ``--set``; a value replaces what was there."""
-    x: float | None = None
-    """Place on the plot's axis."""
-    each: bool = True
-    """Whether the grid ``each`` multiplies it; a reference row stands alone."""
-
-
-class StudyValue(Settings):
-    """One value of the grid: what it changes in every variant."""
-
-    label: str | None = None
-    overrides: Overrides = Field(default={}, alias="set")
-    x: float | None = None
-
-
-Grid = dict[ValueName, StudyValue]
-
-
-class StudyColumn(Settings):
-    """One measure in the table; in YAML its name is enough."""
-
-    measure: MeasureName
-    baseline: str | None = None
-    """Another baseline than the study's (the paper's "ID soft" column has its own, S0.29)."""
-    show: Literal["delta", "value"] | None = None
-    """Delta to the baseline in percent, or the value; what is usual for the measure if absent."""
-
-    @property
-    def is_delta(self) -> bool:
-        """Whether the table shows a delta to the baseline."""
-        return MEASURES[self.measure].relative if self.show is None else self.show == "delta"
-
-
-class StudyPlot(Settings):
-    """The one picture of the study."""
-
-    measure: MeasureName = "id_auc"
-    kind: Literal["bars", "line"] = "bars"
-    """``line`` goes over ``x``, one line a variant."""
-    show: Literal["delta", "value"] | None = None
-    log_x: bool = False
-    log_y: bool = False
-    x_label: str = ""
-    x_measure: MeasureName | None = None
-    """Take the place on the axis from a measure, such as ``num_parameters``."""
+from driftline.platform.study_parts import (
+    Form,
+    Grid,
+    Name,
+    Overrides,
+    StrategyName,
+    StudyColumn,
+    StudyPlot,
+    StudyValue,
+    StudyVariant,
+)
 
 
 @dataclass(frozen=True)
@@ -101,7 +48,8 @@ class StudyCell:
     variant: str
     value: str | None
     form: Form
-    strategy: str | int | None
+    strategy: StrategyName | None
+    teacher: str | None
     overrides: tuple[tuple[str, Any], ...]
     """In order of application."""
     x: float | None
@@ -128,6 +76,8 @@ class StudySettings(Settings):
     columns: Annotated[tuple[StudyColumn, ...], Field(min_length=1)]
     orderings: tuple[StudyOrdering, ...] = ()
     plot: StudyPlot = StudyPlot()
+    test_hours: PositiveFloat = 24.0
+    """Length of the test slice at the end of the log; students learn from what comes before."""
     num_bootstrap: PositiveInt = 200
     """Resamples of the requests, for the part of the interval that the test rows cause."""
 
@@ -156,6 +106,7 @@ class StudySettings(Settings):
                     value=value_name,
                     form=variant.form,
                     strategy=variant.strategy,
+                    teacher=variant.teacher,
                     overrides=tuple(pair for overrides in sets for pair in overrides.items()),
                     x=variant.x if value_name is None else value.x,
                 )
@@ -187,6 +138,13 @@ class StudySettings(Settings):
         if name not in self.cells:
             raise ValueError(_unknown("variant", name, (*self.variants, *self.cells)))
         return [name]
+
+    def ends_of(self, cell: StudyCell, column: StudyColumn) -> tuple[str, str] | None:
+        """The cells that a share is taken between, at the same value of the grid."""
+        if column.between is None:
+            return None
+        first, last = (self._cell_names(name, at=cell.value) for name in column.between)
+        return (first[0], last[0]) if len(first) == len(last) == 1 else None
 
     def baseline_of(self, cell: StudyCell, column: StudyColumn) -> str | None:
         """The cell that a delta is taken to, at the same value of the grid.
@@ -232,13 +190,13 @@ class StudySettings(Settings):
 
     def _baseline_mistakes(self) -> list[str]:
         found = []
-        for path, name in [
-            ("baseline", self.baseline),
-            *((f"columns.{i}.baseline", c.baseline) for i, c in enumerate(self.columns)),
-        ]:
+        named: list[tuple[str, str]] = [("baseline", self.baseline)]
+        for i, column in enumerate(self.columns):
+            named += [(f"columns.{i}.baseline", column.baseline)] if column.baseline else []
+            named += [(f"columns.{i}.between", name) for name in column.between or ()]
+        for path, name in named:
             try:
-                if name is not None:
-                    self._cell_names(name, at=next(iter(self.each), None))
+                self._cell_names(name, at=next(iter(self.each), None))
             except ValueError as error:
                 found.append(f"{path}: {error}")
         return found
@@ -261,7 +219,7 @@ class StudySettings(Settings):
 
 
 def load_study(path: Path, *, seeds: Sequence[int] | None = None) -> StudySettings:
-    """Read a study.
+    """Read a study. ``extends: FILE`` takes over all keys of another one that are not given.
 
     Args:
         path: YAML file.
@@ -270,6 +228,19 @@ def load_study(path: Path, *, seeds: Sequence[int] | None = None) -> StudySettin
     Raises:
         SettingsError: no such file, not YAML, an unknown key, variant, value or measure.
     """
+    raw = _read(path, seen=())
+    if seeds:
+        raw["seeds"] = list(seeds)
+    try:
+        return StudySettings.model_validate(raw)
+    except ValidationError as error:
+        lines = [_describe(detail) for detail in error.errors()]
+        raise SettingsError(f"study {path}:\n  " + "\n  ".join(lines)) from error
+
+
+def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path in seen:
+        raise SettingsError(f"study {path} extends itself, by way of {[str(p) for p in seen]}")
     try:
         raw = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -278,13 +249,14 @@ def load_study(path: Path, *, seeds: Sequence[int] | None = None) -> StudySettin
         raise SettingsError(f"study {path} is not YAML: {error}") from error
     if not isinstance(raw, dict):
         raise SettingsError(f"study {path} must hold a mapping of keys, got {raw!r:.60}")
-    if seeds:
-        raw["seeds"] = list(seeds)
-    try:
-        return StudySettings.model_validate(raw)
-    except ValidationError as error:
-        lines = [_describe(detail) for detail in error.errors()]
-        raise SettingsError(f"study {path}:\n  " + "\n  ".join(lines)) from error
+    parent = raw.pop("extends", None)
+    if parent is None:
+        return raw
+    source = path.parent / str(parent)
+    base = _read(source, seen=(*seen, path))
+    if "market" in base and "market" not in raw:
+        raw["market"] = str(source.parent / base["market"])
+    return base | raw | {"set": (base.get("set") or {}) | (raw.get("set") or {})}
 
 
 def _describe(detail: Any) -> str:
@@ -297,4 +269,4 @@ def _describe(detail: Any) -> str:
 
 
 def _unknown(what: str, name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    return f"no {what} {name!r}, there are {sorted(known)}"
+    return f"no {what} {name!r}, there are {sorted(set(known))}"

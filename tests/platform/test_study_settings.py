@@ -18,8 +18,8 @@ BASE: dict[str, Any] = {
     "market": "market.yaml",
     "set": {"seed": 1, "labels.negative_keep_rate": 0.5},
     "variants": {
-        "kd": {"strategy": "kd", "set": {"seed": 2}},
-        "pd": {"label": "PD", "strategy": "pd"},
+        "kd": {"strategy": "KD", "set": {"seed": 2}},
+        "pd": {"label": "PD", "strategy": "PD"},
         "teacher": {"form": "teacher", "each": False},
     },
     "each": {
@@ -76,7 +76,7 @@ def test_a_grid_multiplies_the_variants_and_leaves_reference_rows_alone(tmp_path
     study = load_study(write(tmp_path))
     assert list(study.cells) == ["kd@tiny", "kd@mini", "pd@tiny", "pd@mini", "teacher"]
     cell = study.cells["kd@tiny"]
-    assert (cell.label, cell.x, cell.strategy) == ("kd · 2/128", 4.4, "kd")
+    assert (cell.label, cell.x, cell.strategy) == ("kd · 2/128", 4.4, "KD")
     assert list(cell.overrides) == [
         ("seed", 1),
         ("labels.negative_keep_rate", 0.5),
