@@ -181,6 +181,10 @@ def task_shares(sizes: Sequence[int], *, tau: float) -> NDArray[np.float64]:
     return shares
 
 
+def _nothing() -> NDArray[np.int64]:
+    return np.empty(0, np.int64)
+
+
 @dataclass
 class MultiTaskPlan(BatchPlan):
     """Batches of one task each. Rows count through all tasks; see ``MultiTask``."""
@@ -190,26 +194,34 @@ class MultiTaskPlan(BatchPlan):
     shares: tuple[float, ...] = ()
     offsets: tuple[int, ...] = ()
     """Number of each task's first row."""
-    _drawn: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64), init=False)
+    _drawn: NDArray[np.int64] = field(default_factory=_nothing, init=False)
+    _earlier: NDArray[np.int64] = field(default_factory=_nothing, init=False)
+    """How many batches before each one are of its task."""
 
     def task_of(self, batch: int) -> int:
         """The task of a batch, counted from 0."""
-        return int(self._draws(batch)[batch])
+        self._draw(batch)
+        return int(self._drawn[batch])
 
     def rows(self, batch: int) -> Rows:
         """Rows of a batch, counted from 0. ``[B]``."""
         task = self.task_of(batch)
-        earlier = int((self._draws(batch)[:batch] == task).sum())
-        return self.offsets[task] + self.plans[task].rows(earlier)
+        return self.offsets[task] + self.plans[task].rows(int(self._earlier[batch]))
 
-    def _draws(self, batch: int) -> NDArray[np.int64]:
+    def _draw(self, batch: int) -> None:
+        """Draw the tasks of all batches up to this one, a block at a time."""
         while len(self._drawn) <= batch:
             block = len(self._drawn) // DRAWS_AT_ONCE
             chances = np.random.default_rng((self.seed, 2, block)).random(DRAWS_AT_ONCE)
             limits = np.cumsum(self.shares[:-1])
             found = np.searchsorted(limits, chances, side="right")
+            earlier = np.empty(DRAWS_AT_ONCE, np.int64)
+            for task in range(len(self.shares)):
+                mine = found == task
+                before = int((self._drawn == task).sum())
+                earlier[mine] = before + np.arange(mine.sum())
             self._drawn = np.concatenate([self._drawn, found])
-        return self._drawn
+            self._earlier = np.concatenate([self._earlier, earlier])
 
 
 class MultiTask:
@@ -222,12 +234,13 @@ class MultiTask:
     def __init__(self, tasks: Mapping[str, Task], *, tau: float) -> None:
         self.names = tuple(tasks)
         self.tasks = tuple(tasks.values())
-        self.shares = task_shares([task.num_rows for task in self.tasks], tau=tau)
+        sizes = [task.num_rows for task in self.tasks]
+        self.shares: list[float] = task_shares(sizes, tau=tau).tolist()
         ends = np.cumsum([task.first_row + task.num_rows for task in self.tasks])
         self.offsets = np.concatenate([[0], ends[:-1]])
         self.first_row = 0
         self.num_rows = sum(task.num_rows for task in self.tasks)
-        self.lengths = None
+        self.lengths: NDArray[np.int64] | None = None
         self.block_rows = 1
         wanted = {task.stop_on for task in self.tasks}
         self.stop_on: StopOn = wanted.pop() if len(wanted) == 1 else "loss"
@@ -299,6 +312,6 @@ class MultiTaskLoop(Loop):
                 )
                 for task, seed in zip(tasks.tasks, own, strict=True)
             ),
-            shares=tuple(tasks.shares.tolist()),
+            shares=tuple(tasks.shares),
             offsets=tuple(tasks.offsets.tolist()),
         )
