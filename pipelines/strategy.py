@@ -24,7 +24,7 @@ from driftline.platform.artefacts import hash_file, hash_value
 from driftline.platform.bundle import VectorCache
 from driftline.platform.contract import TIME
 from driftline.platform.inference import encode_texts, load_model
-from driftline.platform.initialisers import RandomStart
+from driftline.platform.initialisers import LayersStart, RandomStart
 from driftline.platform.metrics import sigmoid
 from driftline.platform.models.spec import HeadOnlySpec, ModelSpec, TeacherSpec, TwinSpec
 from driftline.platform.settings import (
@@ -96,7 +96,8 @@ def prepare_strategy(
     work fails before anything is trained.
 
     Raises:
-        ValueError: the rows give the distillation nothing to learn from.
+        ValueError: the rows give the distillation nothing to learn from, or the initialiser's
+            source does not fit the student.
     """
     run = StrategyRun(laboratory, strategy, student_form(form, laboratory), None)
     run.check()
@@ -140,6 +141,8 @@ class StrategyRun:
         Raises:
             ValueError: see ``prepare_strategy``.
         """
+        init = self.strategy.init
+        init.check(self.spec, self.teacher[0] if isinstance(init, LayersStart) else None)
         distil = self.strategy.distil
         if distil is None or asks_teacher(self.strategy.objective):
             return

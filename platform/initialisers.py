@@ -75,7 +75,8 @@ class Initialiser(Kind):
     def check(self, spec: "ModelSpec", teacher: "TeacherSpec | None" = None) -> None:
         """Make sure that this start fits the student, before anything is trained.
 
-        ``weights`` checks again; whoever plans a long search calls this first.
+        ``weights`` checks again; a strategy calls this before its first stage, a search before its
+        trials.
 
         Args:
             spec: The student.
