@@ -23,6 +23,7 @@ from driftline.platform.models.build import build_model
 from driftline.platform.models.spec import SingleSpec
 from driftline.platform.settings import ObjectiveSettings, StageSettings
 from driftline.platform.stage_job import StageJob
+from driftline.platform.stage_tasks import make_task, trained_model
 from driftline.platform.stage_teacher import FrozenTeacher, teacher_keys
 from driftline.platform.stages import run_stage
 from driftline.platform.tasks import Workers
@@ -288,6 +289,44 @@ def interrupt(job: StageJob, *, after: int) -> None:
 
     with pytest.raises(KilledError):
         run_stage(job, progress=kill)
+
+
+@pytest.mark.parametrize("num_workers", [2, 3])
+@pytest.mark.parametrize("kind", ["clicks", "tokens"])
+def test_the_losses_of_workers_add_up_to_that_of_the_whole_step(
+    tiny_market: Any,
+    teacher: FrozenTeacher,
+    language: FrozenTeacher,
+    student: SingleSpec,
+    store: tuple[Path, Path, Path],
+    tmp_path: Path,
+    num_workers: int,
+    kind: str,
+) -> None:
+    features, rows, _ = store
+    top: Any = {"layers": {"kind": "explicit", "pairs": [[-1, -1]]}}
+    every: dict[str, Any] = dict.fromkeys(("nst", "attention_kl"), top)
+    every |= {name: top | {"projection": "linear"} for name in ("fsp", "cos", "pkd", "hidden_mse")}
+    settings = objective(
+        alpha=0.5, matches=[match | {"kind": name} for name, match in every.items()]
+    )
+    job = matched(
+        tiny_market, tmp_path, student, settings,
+        teacher=FrozenTeacher(teacher.model), features=features, examples=rows, validation=rows,
+    )  # fmt: skip
+    if kind == "tokens":
+        spec = quiet(tiny_market.twin, hidden_size=NARROW)
+        job = distilled(tiny_market, tmp_path, spec, language, objective=settings)
+    step_rows = np.random.default_rng(1).permutation(60)[:23]
+
+    def loss(workers: Workers) -> float:
+        torch.manual_seed(8)
+        model = trained_model(job, build_model(job.model))
+        task = make_task(job, model, workers, CPU)
+        return task.loss(model, step_rows, step=1, device=CPU).item()
+
+    parts = [loss(Workers(rank, num_workers)) for rank in range(num_workers)]
+    assert sum(parts) / num_workers == pytest.approx(loss(Workers()), rel=1e-5)
 
 
 def test_the_tensors_to_store_follow_from_the_two_models(
