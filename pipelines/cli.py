@@ -231,6 +231,21 @@ def labels(config: Config, set_: Set = None, json_: Json = False) -> None:
     Output(json_).show(text, found)
 
 
+@app.command()
+def tasks(config: Config, set_: Set = None, json_: Json = False) -> None:
+    """Distil the teachers of several outcomes (click, purchase) into one student."""
+    from driftline.pipelines.tasks import train_tasks
+
+    settings = _checked(config, set_)
+    with _ray(settings), progress_bar("tasks") as progress:
+        report = train_tasks(settings, progress=progress)
+    lines = [
+        f"{name}: {report.num_rows[name]:,} rows, AUC {report.measures[f'{name}.auc']:.4f}, {path}"
+        for name, path in report.weights.items()
+    ]
+    Output(json_).show("\n".join(lines), report.to_json())
+
+
 @refresh_app.command("arms")
 def refresh_arms(config: Config, as_of: AsOf = None, set_: Set = None, json_: Json = False) -> None:
     """Re-train arms and head, re-encode the catalogue, judge, publish (the monthly job)."""

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     Discriminator,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -188,6 +189,45 @@ class HeadRefreshSettings(Settings):
     """0 trains in a warm actor without a worker group (Ray Train's local mode)."""
 
 
+class OutcomeSettings(Settings):
+    """One more outcome that a student learns beside the click (papers.md C14)."""
+
+    label: FeatureName
+    """A feature of kind ``label``."""
+    teacher: str | None = None
+    """A member of ``teacher.ensemble`` that learned this label, for soft labels; without one the
+    outcome is learned from itself alone."""
+    objective: ObjectiveSettings | None = None
+    """How soft labels count; the defaults when there is a teacher. Needs one."""
+
+    @model_validator(mode="after")
+    def _soft_labels_need_a_teacher(self) -> Self:
+        if self.objective is not None and self.teacher is None:
+            raise ValueError(
+                f"outcome {self.label!r} has an objective but no teacher; name a member of "
+                "teacher.ensemble that learned the label, or leave the objective out"
+            )
+        return self
+
+
+class MultiTaskSettings(Settings):
+    """A student of several outcomes: shared arms and fusion layers, an output layer for each."""
+
+    outcomes: Annotated[tuple[OutcomeSettings, ...], Field(min_length=1)]
+    """Beside the click, whose objective is that of the arms refresh."""
+    tau: NonNegativeFloat = 1.0
+    """A batch is of one outcome, drawn in proportion to (number of its rows)^tau: 1 by size, 0 all
+    alike (papers.md section 3.2)."""
+    stage: StageSettings = StageSettings()
+
+    @model_validator(mode="after")
+    def _outcomes_differ(self) -> Self:
+        names = ["click", *(outcome.label for outcome in self.outcomes)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"outcomes must differ from each other and from 'click', got {names}")
+        return self
+
+
 class StudentSettings(Settings):
     """Twin arms and a head; the part that is kept fresh (papers.md S0.10-S0.14)."""
 
@@ -200,6 +240,8 @@ class StudentSettings(Settings):
     head: HeadSettings = HeadSettings()
     arms_refresh: ArmsRefreshSettings = ArmsRefreshSettings()
     head_refresh: HeadRefreshSettings = HeadRefreshSettings()
+    tasks: MultiTaskSettings | None = None
+    """What `driftline tasks` teaches."""
 
     @model_validator(mode="after")
     def _one_vocabulary(self) -> Self:

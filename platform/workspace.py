@@ -63,6 +63,11 @@ class Workspace:
         return self.root / "teachers"
 
     @property
+    def tasks(self) -> Path:
+        """A student of several outcomes; see ``student.tasks``."""
+        return self.root / "tasks"
+
+    @property
     def labels(self) -> Path:
         """Soft labels, one folder a teacher."""
         return self.root / "labels"
