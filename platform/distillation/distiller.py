@@ -5,6 +5,7 @@ Shape suffixes: B rows, T tokens, C classes.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Final
 
 import torch
@@ -51,14 +52,25 @@ class TeacherTensors:
     """A tensor for each of ``Distiller.teacher_keys``."""
 
 
+Parts = dict[str, Tensor]
+
+
 @dataclass(frozen=True)
 class Losses:
     """The loss of a batch and what it is made of."""
 
     total: Tensor
     """What to differentiate."""
-    parts: Mapping[str, Tensor]
-    """``hard``, ``soft`` (with t^2) and each match, before their weights; without gradient."""
+    matches: Mapping[str, Tensor]
+    """Each match before its weight; without gradient."""
+    label_parts: Callable[[], Parts]
+    """Measures the hard and the soft part; costs nothing unless asked."""
+
+    @cached_property
+    def parts(self) -> Parts:
+        """``hard``, ``soft`` (with t^2) and each match, before their weights; without gradient."""
+        with torch.no_grad():
+            return {**self.label_parts(), **self.matches}
 
     def floats(self) -> dict[str, float]:
         """``total`` and the parts as numbers; waits for the device, so ask now and then only."""
@@ -266,6 +278,7 @@ class Distiller:
     ) -> Losses:
         """The objective from tensors alone; see ``__call__``."""
         total, parts = label_losses(outputs, teacher.logits, self.objective, progress=progress)
+        matches = {}
         weights = self.matching.weights(progress)
         missing = [str(key) for key in self.teacher_keys if key not in teacher.features]
         if missing:
@@ -273,8 +286,8 @@ class Distiller:
         found = self.matching.losses(features, teacher.features, outputs.mask)
         for name, loss in found.items():
             total = total + weights[name] * loss
-            parts[name] = loss.detach()
-        return Losses(total, parts)
+            matches[name] = loss.detach()
+        return Losses(total, matches, parts)
 
     def _shape(
         self, model: nn.Module, adapter: Adapter, example: Any, tokens: str | None
@@ -322,8 +335,8 @@ def label_losses(
     objective: ObjectiveSettings,
     *,
     progress: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted hard and soft part together, and each by itself.
+) -> tuple[Tensor, Callable[[], Parts]]:
+    """The weighted hard and soft part together, and what tells each by itself.
 
     Raises:
         ValueError: labels or soft labels are missing, or their shapes do not fit.
@@ -348,7 +361,7 @@ def label_losses(
 
 def _row_losses(
     outputs: Outputs, teacher_BC: Tensor | None, objective: ObjectiveSettings, progress: float
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Callable[[], Parts]]:
     logits_BC, labels_B = outputs.logits, outputs.labels
     if labels_B is None:
         labels_B = logits_BC.new_full((len(logits_BC),), -1, dtype=torch.long)
@@ -357,20 +370,24 @@ def _row_losses(
     loss = click_loss if labels_B.is_floating_point() else class_loss
     known_B = ~labels_B.isnan() if labels_B.is_floating_point() else labels_B >= 0
     total = loss(logits_BC, labels_B, teacher_BC, objective, progress=progress).mean()
-    with torch.no_grad():
-        parts = {}
-        if outputs.labels is not None:
-            parts["hard"] = _mean(loss(logits_BC, labels_B, None, None), known_B)
+    plain_BC, has_labels = logits_BC.detach(), outputs.labels is not None
+
+    def parts() -> Parts:
+        found = {}
+        if has_labels:
+            found["hard"] = _mean(loss(plain_BC, labels_B, None, None), known_B)
         if teacher_BC is not None:
             hard_B = torch.where(known_B, labels_B.nan_to_num(), -1).long()
-            soft_B = soft_loss(wide(logits_BC), teacher_BC, objective, labels_B=hard_B)
-            parts["soft"] = _mean(soft_B, ~teacher_BC.isnan().any(dim=-1))
+            soft_B = soft_loss(wide(plain_BC), teacher_BC, objective, labels_B=hard_B)
+            found["soft"] = _mean(soft_B, ~teacher_BC.isnan().any(dim=-1))
+        return found
+
     return total, parts
 
 
 def _token_losses(
     outputs: Outputs, teacher_BTC: Tensor | None, objective: ObjectiveSettings, progress: float
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Callable[[], Parts]]:
     logits_BTC, labels_BT = outputs.logits, outputs.labels
     everywhere = torch.ones(logits_BTC.shape[:2], dtype=torch.bool, device=logits_BTC.device)
     real_BT = everywhere if outputs.mask is None else outputs.mask.bool()
@@ -390,7 +407,7 @@ def _token_losses(
         soft = soft / asked_BT.sum().clamp(min=1)
         total = total + soft_weight * soft
         parts["soft"] = soft.detach()
-    return total, parts
+    return total, lambda: parts
 
 
 def _mean(losses_B: Tensor, known_B: Tensor) -> Tensor:
