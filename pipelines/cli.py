@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from driftline.pipelines.console import Output, progress_bar, quiet_libraries, set_up_logging
+from driftline.pipelines.search_command import search
 from driftline.platform.artefacts import read_json
 from driftline.platform.errors import DriftlineError, SettingsError
 from driftline.platform.settings import DriftlineSettings, load_settings
@@ -29,6 +30,7 @@ refresh_app = typer.Typer(help="Refresh a part of the student.", no_args_is_help
 app.add_typer(ingest_app, name="ingest")
 app.add_typer(features_app, name="features")
 app.add_typer(refresh_app, name="refresh")
+app.command()(search)
 
 Config = Annotated[Path, typer.Argument(help="Settings file, e.g. configs/demo.yaml.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: a.b=value.")]

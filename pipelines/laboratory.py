@@ -137,6 +137,8 @@ class Laboratory:
     seed: int
     slice_hours: float = 0
     run: Runner = run_here
+    progress: Callable[[int, int], None] | None = None
+    """Called with rows labelled and rows in all, while the teacher is asked."""
     nodes: list[Node] = field(default_factory=list)
     """Everything asked for so far, in order."""
 
@@ -304,7 +306,7 @@ class Laboratory:
         """The same, and where the rows' inner features are."""
         store = self.store if texts is None else self.store.with_texts(texts)
         with self.labelling():
-            found = store.label(frame)
+            found = store.label(frame, progress=self.progress)
         logits = shift_prior(
             found.logits,
             from_keep_rate=store.teacher.keep_rate,

@@ -59,6 +59,7 @@ from driftline.platform.operation_settings import (
     ServingSettings,
     StoreSettings,
 )
+from driftline.platform.search_settings import SearchSettings, TuningSettings
 from driftline.platform.strategy_settings import (
     ArmsRefreshSettings,
     ArmsSelfTrainingSettings,
@@ -92,6 +93,7 @@ __all__ = [
     "RaySettings",
     "RegistrySettings",
     "ReplaySettings",
+    "SearchSettings",
     "SelfTrainingSettings",
     "ServingSettings",
     "Settings",
@@ -109,6 +111,7 @@ __all__ = [
     "TierName",
     "Tiers",
     "TokenizerSettings",
+    "TuningSettings",
     "apply_override",
     "load_settings",
     "parse_settings",
@@ -136,6 +139,8 @@ class DriftlineSettings(Settings):
     serving: ServingSettings = ServingSettings()
     cadence: CadenceSettings = CadenceSettings()
     replay: ReplaySettings = ReplaySettings()
+    search: SearchSettings | None = None
+    """What `driftline search` tries; the paper's 3 x 3 x 2 strategies when not given."""
     ray: RaySettings = RaySettings()
     store: StoreSettings = StoreSettings()
     registry: RegistrySettings = RegistrySettings()
@@ -170,6 +175,15 @@ class DriftlineSettings(Settings):
                 f"student.vocabulary_size must be below tokenizer.vocabulary_size {large}, "
                 f"got {small}; leave it out to share the teacher's tokeniser"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _search_tries_strategies(self) -> Self:
+        if self.search is not None:
+            try:
+                self.search.check(self.student.arms_refresh)
+            except ValueError as error:
+                raise ValueError(f"search.{error}") from error
         return self
 
     def select(self, *, kind: str | None = None, entity: str | None = None) -> tuple[Feature, ...]:

@@ -73,6 +73,16 @@ class Workspace:
         return self.root / "labels"
 
     @property
+    def laboratory(self) -> Path:
+        """Stages and files that searches and studies share, by what decides them."""
+        return self.root / "laboratory"
+
+    @property
+    def searches(self) -> Path:
+        """One folder a search: table, results, the winner's settings."""
+        return self.root / "search"
+
+    @property
     def arms(self) -> Path:
         """Trained arms with their cached vectors, one folder a version."""
         return self.root / "arms"

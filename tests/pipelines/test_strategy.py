@@ -165,7 +165,7 @@ def test_only_the_text_student_is_blind_to_numbers(
     changed = frame.set_column(at, "ad__ctr_24h", pa.array(np.linspace(0, 1, frame.num_rows)))
     moved = {}
     for form in ("twin", "twin_text"):
-        student = train_strategy(lab, NAMED_STRATEGIES["KD"](base), form=form)  # type: ignore[arg-type]
+        student = train_strategy(lab, NAMED_STRATEGIES["KD"](base), form=form)
         before, after = (
             student.form.logits(Rows(name, lab.test_texts, lambda f=f: (f, None)), *student.files)  # type: ignore[misc]
             for name, f in (("as it was", frame), ("changed", changed))

@@ -1,0 +1,172 @@
+"""A search trains no beginning twice, survives a kill, and its winner is ready to be used."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from driftline.pipelines.cli import main
+from driftline.pipelines.refresh_arms import refresh_arms
+from driftline.pipelines.replay import log_split
+from driftline.pipelines.search import WINNER, run_search
+from driftline.platform.errors import ResourceError, SettingsError
+from driftline.platform.registry import read_champion
+from driftline.platform.settings import DriftlineSettings, load_settings, parse_settings
+from driftline.platform.windows import HOUR
+from driftline.platform.workspace import Workspace
+
+STAGE = {"num_epochs": 1, "batch_size": 128, "learning_rate": 0.003, "max_rows": 200}
+SMALL_AXES = {
+    "init": {"random": {"init": "random"}, "mlm": {"init": "mlm"}},
+    "distil": {"none": {"distil": None}, "ood": {"distil": {"on": "ood"}}},
+    "finetune": {"vanilla": {"self_training": {"enabled": False}}},
+}
+SEARCH = {"seeds": [0, 1], "slice_hours": 3, "num_bootstrap": 20, "axes": SMALL_AXES}
+
+
+def searching(market: DriftlineSettings, **search: Any) -> DriftlineSettings:
+    """The market with small stages and a small search."""
+    raw = market.model_dump(mode="json")
+    stages = ("mlm", "supervised", "distil", "finetune", "self_training")
+    raw["student"]["arms_refresh"] |= dict.fromkeys(stages, STAGE) | {"head": None}
+    return parse_settings(raw | {"search": SEARCH | search}, origin="test")
+
+
+@pytest.mark.ray
+def test_a_grid_shares_beginnings_and_its_winner_is_refreshed_with(
+    market: DriftlineSettings, local_ray: None
+) -> None:
+    settings = searching(market)
+    found = run_search(settings)
+    figures = found.figures
+    assert len(figures["rows"]) == 4
+    aucs = [row["auc"]["value"] for row in figures["rows"]]
+    assert aucs == sorted(aucs, reverse=True)
+    assert figures["rows"][0]["behind"]["value"] == 0
+    # for each seed: mlm 1, distil 2, fine-tune 4; alone: mlm 2, distil 2, fine-tune 4
+    assert figures["num_stages"] == {"shared": 14, "alone": 16}
+    assert figures["core_seconds"]["shared"] < figures["core_seconds"]["alone"]
+    assert set(figures["later_slice"]) == {row["name"] for row in figures["rows"][:2]}
+    assert "| random/none/vanilla |" in found.text
+    again = run_search(settings)  # everything is there
+    assert again.figures["rows"] == figures["rows"]
+
+    winner = load_settings(found.folder / WINNER)
+    assert winner.student.arms_refresh == found.winner
+    record = refresh_arms(winner, as_of=log_split(winner).id.start + 6 * HOUR)
+    pointer = read_champion(Workspace.of(winner).bundles)
+    assert record.decision == "refused" or (pointer and pointer.fingerprint == record.bundle)
+
+
+@pytest.mark.ray
+def test_a_greedy_search_tries_axis_by_axis(market: DriftlineSettings, local_ray: None) -> None:
+    found = run_search(searching(market, method="greedy", seeds=[0]))
+    names = {row["name"] for row in found.figures["rows"]}
+    first = {"random/none/vanilla", "mlm/none/vanilla"}
+    assert first <= names
+    assert len(names) == 3  # the better of the two, distilled
+    auc = {row["name"]: row["auc"]["value"] for row in found.figures["rows"]}
+    better = max(first, key=auc.__getitem__)
+    assert names - first == {better.replace("none", "ood")}
+
+
+@pytest.mark.ray
+def test_a_stage_is_tuned_and_compared_with_the_settings_own(
+    market: DriftlineSettings, local_ray: None
+) -> None:
+    tuning = {
+        "stage": "distil",
+        "num_trials": 4,
+        "space": {
+            "learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
+            "temperature": {"choices": [1.0, 4.0]},
+        },
+    }
+    settings = searching(market, method="optuna", seeds=[0], tuning=tuning)
+    found = run_search(settings)
+    names = {row["name"] for row in found.figures["rows"]}
+    assert "settings" in names
+    assert len(names) == 2
+    tuned = next(name for name in names if name != "settings")
+    assert "temperature" in tuned
+    assert "learning_rate" in tuned
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_search_is_resumed_without_training_anything_twice(
+    market: DriftlineSettings, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = searching(market, seeds=[0])
+    config = Path(settings.workspace) / "search.yaml"
+    config.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    results = Workspace.of(settings).searches / "strategies" / "results"
+    code = "import sys; from driftline.pipelines.cli import main; main(sys.argv[1:])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "search", str(config)], stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(results.glob("*.json")):
+        assert process.poll() is None, "the search ended before it could be killed"
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in results.glob("*.json")}
+    assert before
+    with pytest.raises(SystemExit) as ended:
+        main(["search", str(config), "--resume", "--json"])
+    assert ended.value.code == 0
+    figures = json.loads(capfd.readouterr().out)
+    assert len(figures["rows"]) == 4
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    other = yaml.safe_load(config.read_text()) | {"search": SEARCH}
+    config.write_text(yaml.safe_dump(other))
+    with pytest.raises(SystemExit) as ended:
+        main(["search", str(config), "--resume"])
+    assert ended.value.code == 1
+    assert "begun with other settings" in capfd.readouterr().err
+
+
+# --- bad input ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ({"axes": {"init": {}}}, "search.axes.init"),
+        ({"axes": {"init": {"a": {"init": "magic"}}}}, r"axes\.init\.a\.init: .*kind must be"),
+        ({"axes": {"distil": {"a": {"distil": {"rate": 1}}}}}, r"axes\.distil\.a\.distil\.rate"),
+        ({"axes": {"init": {"a": {"window_hours": 1}}}}, "cannot be searched"),
+        ({"seeds": []}, "search.seeds"),
+        ({"seeds": [1, 1]}, "seeds must differ"),
+        ({"method": "optuna", "tuning": {"space": {"lr": {"choices": [1]}}}}, r"distil\.lr"),
+        ({"method": "optuna", "tuning": {"stage": "supervised"}}, "has no stage 'supervised'"),
+        ({"method": "optuna", "tuning": {"space": {"alpha": {"low": 2, "high": 3}}}}, "alpha"),
+        ({"tuning": {"space": {"alpha": {"low": 3, "high": 2}}}}, "low must be below"),
+    ],
+)
+def test_a_search_that_cannot_work_is_refused_on_reading(
+    market: DriftlineSettings, search: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        searching(market, **search)
+
+
+def test_a_slice_outside_the_log_is_refused_before_training(market: DriftlineSettings) -> None:
+    settings = searching(market, slice_hours=48)
+    with pytest.raises(SettingsError, match="take a smaller slice_hours"):
+        run_search(settings)
+    assert not Workspace.of(settings).laboratory.exists()
+
+
+@pytest.mark.ray
+def test_trials_that_never_fit_are_refused(market: DriftlineSettings, local_ray: None) -> None:
+    with pytest.raises(ResourceError, match="a trial needs 64 processors"):
+        run_search(searching(market, cpus_per_trial=64))
