@@ -5,10 +5,11 @@ holds a sliver of a processor and the group holds the rest. What a trial found s
 file, so a search that was killed reads what is there.
 """
 
+import io
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -333,7 +334,8 @@ def _fit(
             tune_config=config,
             run_config=tune.RunConfig(name=step, storage_path=str(folder.parent), verbose=0),
         )
-    grid = tuner.fit()
+    with redirect_stdout(io.StringIO()):  # Tune prints a table, however silent it is asked to be
+        grid = tuner.fit()
     if grid.errors:
         reasons = [str(error).strip().splitlines()[-1] for error in grid.errors]
         raise TrainingError(
