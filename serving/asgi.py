@@ -8,7 +8,9 @@ from typing import Any, Final, Protocol, TypeAlias
 
 import orjson
 
+from driftline.serving.answers import Answer
 from driftline.serving.requests import RefusedRequestError, refuse, show
+from driftline.serving.wire import JsonForm, WireForm
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
@@ -22,8 +24,11 @@ JSON_HEADER: Final = (b"content-type", b"application/json")
 class ScoringService(Protocol):
     """What answers behind the HTTP face."""
 
-    def score(self, body: bytes) -> bytes:
-        """The JSON answer to a JSON request; raises ``RefusedRequestError``."""
+    def answer(self, body: bytes, form: WireForm) -> Answer:
+        """Parse and score one request; raises ``RefusedRequestError``."""
+
+    def sent(self, answer: Answer) -> None:
+        """The answer has been handed to the client."""
 
     def status(self) -> dict[str, Any]:
         """What is served, how fresh it is, and since when."""
@@ -39,6 +44,7 @@ class HttpFace:
     def __init__(self, service: ScoringService, *, max_request_bytes: int) -> None:
         self._service = service
         self._max_bytes = max_request_bytes
+        self._form = JsonForm()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """One connection's request, or the server's start and stop."""
@@ -76,7 +82,9 @@ class HttpFace:
         if path == SCORE:
             body = await self._read_body(scope, receive)
             if body is not None:
-                await _send_json(send, self._service.score(body))
+                answer = self._service.answer(body, self._form)
+                await _send_json(send, self._form.write(answer))
+                self._service.sent(answer)
             return
         ready = self._service.ready
         value = self._service.status() if path == STATUS else {"ready": ready}

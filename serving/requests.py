@@ -28,6 +28,7 @@ Key = int | str
 KeyType = Literal["int64", "string"]
 MAX_KEY_LENGTH: Final = 256
 MAX_SHOWN: Final = 60
+NAME: Final = Annotated[StrictStr, Field(min_length=1, max_length=MAX_KEY_LENGTH)]
 
 EXAMPLE: Final = '{"page_product_id": ..., "ad_product_ids": [...], "context": {...}}'
 
@@ -86,6 +87,11 @@ class ScoreRequest:
     """Every context feature of the contract; ``None`` for what the request left out."""
     time: datetime | None = None
     """Moment to score at, when the request brings its own."""
+    request_id: str | None = None
+    """Names the page view in the decision log; the server makes one up when not given."""
+    request_key: str | None = None
+    """Who asks, e.g. a session: the same key is always answered by the same bundle of an A/B
+    test. ``request_id`` stands in when not given."""
 
 
 class RequestParser:
@@ -123,6 +129,8 @@ class RequestParser:
                 ...,
             ),
             "context": (create_model("Context", __config__=closed, **values) | None, None),
+            "request_id": (NAME | None, None),
+            "request_key": (NAME | None, None),
         }
         if accept_time:
             fields["time"] = (Annotated[AwareDatetime, Strict()] | None, None)
@@ -146,6 +154,8 @@ class RequestParser:
             ads=tuple(raw.ad_product_ids),
             context=dict(zip(self._names, values, strict=True)),
             time=None if time is None else time.astimezone(UTC),
+            request_id=raw.request_id,
+            request_key=raw.request_key,
         )
 
     def _explain(self, error: ValidationError) -> RefusedRequestError:
@@ -183,6 +193,8 @@ class RequestParser:
         if kind == "too_long":
             return f"must hold at most {self._max_ads} ads, got {len(detail['input'])}"
         got = show(detail["input"])
+        if location and location[0] in ("request_id", "request_key"):
+            return f"must be a string of 1 to {MAX_KEY_LENGTH} characters or null, got {got}"
         if location and location[0] in ("page_product_id", "ad_product_ids"):
             whole = location == ("ad_product_ids",)
             wanted = f"a list, each {self._key_words}" if whole else self._key_words

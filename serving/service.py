@@ -7,12 +7,12 @@ are taken once, at its beginning.
 import gc
 import logging
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from driftline.features.online import OnlineFeatures, OnlineRead
@@ -22,10 +22,12 @@ from driftline.platform.errors import DriftlineError
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.windows import format_time
 from driftline.platform.workspace import Workspace
+from driftline.serving.answers import Answer, Observer
 from driftline.serving.client import settings_identity
 from driftline.serving.holder import ChampionHolder, LiveBundle
 from driftline.serving.prepared import PreparedBundle, Scored
 from driftline.serving.requests import Key, RefusedRequestError, ScoreRequest, refuse
+from driftline.serving.wire import JsonForm, WireForm
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +41,22 @@ class BundleService:
     Args:
         settings: ``serving`` says how requests are checked and which clock counts.
         replica: Name of this copy, shown in the status.
+        observers: Told of every request after it was answered.
 
     A background thread, between :meth:`start` and :meth:`stop`, looks for a new champion and new
     features; :meth:`look` does the same once.
     """
 
-    def __init__(self, settings: DriftlineSettings, *, replica: str = "local") -> None:
+    def __init__(
+        self,
+        settings: DriftlineSettings,
+        *,
+        replica: str = "local",
+        observers: Sequence[Observer] = (),
+    ) -> None:
         self._settings = settings
         self._replica = replica
+        self._observers = tuple(observers)
         self._features = OnlineFeatures.open(settings)
         self._holder = ChampionHolder(Workspace.of(settings).bundles, prepare=self._prepare)
         self._started_at = datetime.now(UTC)
@@ -68,6 +78,8 @@ class BundleService:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
+        for observer in self._observers:
+            observer.close()
 
     @property
     def is_following(self) -> bool:
@@ -118,20 +130,35 @@ class BundleService:
         live = self._holder.live
         return None if live is None else live.prepared.bundle.contract
 
-    def score(self, body: bytes) -> bytes:
-        """The JSON answer to a JSON request.
+    def answer(self, body: bytes, form: WireForm) -> Answer:
+        """Parse and score one request.
 
         Raises:
             RefusedRequestError: the request breaks the contract, or there is no champion yet.
         """
+        started = time.perf_counter()
         try:
             live = self._live()
-            answer = self._answer(live, live.prepared.parser.parse(body))
-        except RefusedRequestError:
+            request = form.read(body, live.prepared.parser)
+            return self._answer(live, request, parse_seconds=time.perf_counter() - started)
+        except RefusedRequestError as error:
             self._num_refused += 1
+            for observer in self._observers:
+                observer.refused(error)
             raise
+
+    def sent(self, answer: Answer) -> None:
+        """The answer has been handed to the client: count it, and tell the observers."""
         self._num_answers += 1
-        return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+        for observer in self._observers:
+            observer.answered(answer)
+
+    def score(self, body: bytes) -> bytes:
+        """The JSON answer to a JSON request."""
+        form = JsonForm()
+        answer = self.answer(body, form)
+        self.sent(answer)
+        return form.write(answer)
 
     def _live(self) -> LiveBundle:
         live = self._holder.live
@@ -144,16 +171,27 @@ class BundleService:
             )
         return live
 
-    def _answer(self, live: LiveBundle, request: ScoreRequest) -> dict[str, Any]:
+    def _answer(self, live: LiveBundle, request: ScoreRequest, *, parse_seconds: float) -> Answer:
+        started = time.perf_counter()
         now, read = self._read(request)
+        have_read = time.perf_counter()
         scored = live.prepared.score(read.columns)
-        return {
-            "bundle": live.fingerprint,
-            "probabilities": scored.probabilities,
-            "features": _ages(read),
-            "fallbacks": _fallbacks(read, scored),
-            "as_of": format_time(now),
-        }
+        page, ads = _fallbacks(read, scored)
+        return Answer(
+            request=request,
+            live=live,
+            now=now,
+            probabilities=scored.probabilities,
+            tiers=read.tiers,
+            page_fallback=page,
+            ad_fallbacks=ads,
+            columns=lambda: read.columns,
+            stages={
+                "parse": parse_seconds,
+                "features": have_read - started,
+                "fuse": time.perf_counter() - have_read,
+            },
+        )
 
     def _read(self, request: ScoreRequest) -> tuple[datetime, OnlineRead]:
         """Features of a request, and the moment they stand for."""
@@ -204,15 +242,8 @@ class BundleService:
         }
 
 
-def _ages(read: OnlineRead) -> dict[str, Any]:
-    return {
-        tier: {"age_seconds": None if np.isnan(age) else round(float(age), 3), "stale": stale}
-        for tier, (age, stale) in read.tiers.items()
-    }
-
-
-def _fallbacks(read: OnlineRead, scored: Scored) -> dict[str, Any]:
-    """Who was not scored as usual, and what was done instead.
+def _fallbacks(read: OnlineRead, scored: Scored) -> tuple[str | None, Mapping[int, str]]:
+    """Why the page and which ads were not scored as usual.
 
     ``unknown_product``: in no table, all its features are missing and its vector is neutral.
     ``neutral_text``: its text has no vector, the neutral one was taken. ``encoded_text``: its text
@@ -223,10 +254,7 @@ def _fallbacks(read: OnlineRead, scored: Scored) -> dict[str, Any]:
         np.array([read.unknown_page]), scored.encoded[first, PAGE], scored.neutral[first, PAGE]
     )
     ads = _reasons(np.asarray(read.unknown_ads), scored.encoded[:, AD], scored.neutral[:, AD])
-    return {
-        "page": page.get(0),
-        "ads": [{"index": index, "reason": reason} for index, reason in ads.items()],
-    }
+    return page.get(0), ads
 
 
 def _reasons(
