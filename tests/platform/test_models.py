@@ -299,3 +299,14 @@ def test_the_baseline_has_three_layers() -> None:
     layers = [m for m in build_model(MlpSpec()).layers if isinstance(m, nn.Linear)]  # type: ignore[union-attr]
     assert len(layers) == 3  # papers.md S0.34
     assert all(a.out_features == b.in_features for a, b in pairwise(layers))
+
+
+def test_a_tower_decides_on_a_normalised_vector(tiny_market: Any) -> None:
+    """The extra LayerNorm of papers.md S0.6: neither length nor offset of [CLS] counts."""
+    spec = tiny_market.teacher
+    tower = build_model(spec).eval()
+    tokens_BT = torch.tensor([[2, 9, 11, 3], [2, 12, 3, 0]])
+    cls_BH = tower.encoder.cls(tokens_BT, tokens_BT > 0)  # type: ignore[operator,union-attr]
+    logits_B2 = tower(tokens_BT, tokens_BT > 0)
+    assert logits_B2.shape == (2, 2)
+    torch.testing.assert_close(tower.classifier(7 * cls_BH + 3), logits_B2, atol=1e-4, rtol=1e-3)  # type: ignore[operator]

@@ -9,7 +9,11 @@ import yaml
 from driftline.platform.errors import SettingsError
 from driftline.platform.settings import apply_override, load_settings, parse_settings
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+CONFIGS = sorted(  # studies have settings of their own, their markets have these
+    path
+    for path in (Path(__file__).parents[2] / "configs").rglob("*.yaml")
+    if path.parent.name != "studies"
+)
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
 
