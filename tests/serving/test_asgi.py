@@ -1,44 +1,63 @@
-"""The HTTP face, driven without a server."""
+"""The HTTP face over a real service, driven without a server."""
 
 import asyncio
 import json
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from tests.tiny_market import TinyMarket
 
+from driftline.platform.bundle import Bundle
+from driftline.platform.workspace import Workspace
 from driftline.serving.asgi import HttpFace
-from driftline.serving.requests import refuse
+from driftline.serving.service import BundleService
 
 MAX_BYTES = 1_000
+GOOD = b'{"page_product_id": 100001, "ad_product_ids": [100002, 100003]}'
+
+Reply = tuple[int, dict[str, str], Any]
+Exchange = Callable[..., Reply]
 
 
-class Echo:
-    """Answers with the length of what came."""
-
-    ready = True
-
-    def score(self, body: bytes) -> bytes:
-        return json.dumps({"num_bytes": len(body)}).encode()
-
-    def status(self) -> dict[str, Any]:
-        return {"name": "echo"}
+@pytest.fixture(scope="module")
+def service(market: TinyMarket, first: Bundle) -> BundleService:
+    """A service with a champion."""
+    market.promote(first)
+    service = BundleService(market.settings)
+    service.look()
+    assert service.ready
+    return service
 
 
-class Empty(Echo):
-    ready = False
+@pytest.fixture(scope="module")
+def empty(market: TinyMarket, service: BundleService) -> Iterator[BundleService]:
+    """A service without one."""
+    pointer = Workspace.of(market.settings).bundles / "CHAMPION"
+    kept = pointer.read_bytes()
+    pointer.unlink()
+    yield BundleService(market.settings)
+    pointer.write_bytes(kept)
 
-    def score(self, body: bytes) -> bytes:
-        raise refuse("no champion yet", status=503, code="no_champion")
+
+@pytest.fixture
+def exchange(service: BundleService) -> Exchange:
+    """Send one request to the service with a champion, or to another one."""
+
+    def send(*request: Any, **more: Any) -> Reply:
+        return exchange_with(more.pop("service", service), *request, **more)
+
+    return send
 
 
-def exchange(
+def exchange_with(
+    service: BundleService,
     method: str,
     path: str,
     *chunks: bytes,
     headers: dict[str, str] | None = None,
-    service: Echo | None = None,
     vanish: bool = False,
-) -> tuple[int, dict[str, str], Any]:
+) -> Reply:
     """Send one request in chunks; gives status, headers and JSON body."""
     parts = chunks or (b"",)
     messages: list[dict[str, Any]] = [
@@ -60,7 +79,7 @@ def exchange(
         "path": path,
         "headers": [(k.encode(), v.encode()) for k, v in (headers or {}).items()],
     }
-    face = HttpFace(service or Echo(), max_request_bytes=MAX_BYTES)
+    face = HttpFace(service, max_request_bytes=MAX_BYTES)
     asyncio.run(face(scope, receive, send))
     if not sent:
         return 0, {}, None
@@ -69,15 +88,18 @@ def exchange(
     return sent[0]["status"], received, json.loads(sent[1]["body"] or b"null")
 
 
-def test_a_body_that_comes_in_pieces_is_put_together() -> None:
-    assert exchange("POST", "/v1/score", b"ab", b"", b"cde")[2] == {"num_bytes": 5}
+def test_a_body_that_comes_in_pieces_is_put_together(exchange: Exchange) -> None:
+    whole = exchange("POST", "/v1/score", GOOD)
+
+    assert exchange("POST", "/v1/score", GOOD[:20], b"", GOOD[20:]) == whole
+    assert len(whole[2]["probabilities"]) == 2
 
 
 @pytest.mark.parametrize(
     "kind", ["application/json", "Application/JSON; charset=utf-8", "application/json;charset=x"]
 )
-def test_json_is_accepted_however_it_is_spelt(kind: str) -> None:
-    assert exchange("POST", "/v1/score", b"{}", headers={"content-type": kind})[0] == 200
+def test_json_is_accepted_however_it_is_spelt(exchange: Exchange, kind: str) -> None:
+    assert exchange("POST", "/v1/score", GOOD, headers={"content-type": kind})[0] == 200
 
 
 REFUSED: dict[str, tuple[str, str, dict[str, str], int, str]] = {
@@ -98,7 +120,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, str], int, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_served_is_refused_with_a_body(name: str) -> None:
+def test_what_is_not_served_is_refused_with_a_body(exchange: Exchange, name: str) -> None:
     method, path, headers, status, code = REFUSED[name]
 
     found, received, body = exchange(method, path, b"{}", headers=headers)
@@ -108,38 +130,40 @@ def test_what_is_not_served_is_refused_with_a_body(name: str) -> None:
     assert body["error"]["allowed"]
 
 
-def test_a_body_that_grows_beyond_the_limit_is_refused() -> None:
+def test_a_body_that_grows_beyond_the_limit_is_refused(exchange: Exchange) -> None:
     status, _, body = exchange("POST", "/v1/score", b"x" * 600, b"x" * 600)
 
     assert status == 413
     assert "1,000 bytes, got 1,200 or more" in body["error"]["message"]
 
 
-def test_a_wrong_method_learns_the_right_one() -> None:
+def test_a_wrong_method_learns_the_right_one(exchange: Exchange) -> None:
     assert exchange("GET", "/v1/score")[1]["allow"] == "POST"
 
 
-def test_without_a_champion_the_client_is_asked_to_come_back() -> None:
-    status, headers, body = exchange("POST", "/v1/score", b"{}", service=Empty())
+def test_without_a_champion_the_client_is_asked_to_come_back(
+    exchange: Exchange, empty: BundleService
+) -> None:
+    status, headers, body = exchange("POST", "/v1/score", b"{}", service=empty)
 
     assert (status, headers["retry-after"]) == (503, "1")
-    assert body["error"]["message"] == "no champion yet"
+    assert body["error"]["message"] == "tiny has no champion yet"
 
 
-def test_health_tells_whether_there_is_a_champion() -> None:
+def test_health_tells_whether_there_is_a_champion(exchange: Exchange, empty: BundleService) -> None:
     assert exchange("GET", "/healthz")[0] == 200
-    assert exchange("GET", "/healthz", service=Empty())[0] == 503
+    assert exchange("GET", "/healthz", service=empty)[0] == 503
 
 
-def test_status_answers_without_a_champion() -> None:
-    assert exchange("GET", "/v1/status", service=Empty())[0] == 200
+def test_status_answers_without_a_champion(exchange: Exchange, empty: BundleService) -> None:
+    assert exchange("GET", "/v1/status", service=empty)[0] == 200
 
 
-def test_head_has_the_length_but_not_the_body() -> None:
+def test_head_has_the_length_but_not_the_body(exchange: Exchange) -> None:
     status, headers, body = exchange("HEAD", "/healthz")
 
     assert (status, headers["content-length"], body) == (200, "14", None)
 
 
-def test_a_client_that_goes_away_gets_no_answer() -> None:
+def test_a_client_that_goes_away_gets_no_answer(exchange: Exchange) -> None:
     assert exchange("POST", "/v1/score", b"{", vanish=True)[0] == 0
