@@ -39,12 +39,16 @@ CONTRACT_NAMES = frozenset(
 
 
 class Settings(BaseModel):
-    """Base of all settings: frozen, unknown keys refused."""
+    """Base of all settings: frozen; unknown keys and numbers that are not finite refused."""
 
     # Defaults are validated so that 60 and 60.0 are one value however the settings were read:
     # hashes of settings name features and artefacts.
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
     )
 
 

@@ -216,6 +216,8 @@ class ClickTask:
             measures["soft_loss"] = float(losses.mean())
         judged = _hard_labels(inputs.clicked[rows])
         margin_N = (logits_N2[:, 1] - logits_N2[:, 0]).numpy()
+        if not np.isfinite(margin_N).all():  # the training says so: see ``Loop``
+            return measures | dict.fromkeys(("loss", "soft_loss", "auc"), float("nan"))
         measures["auc"] = roc_auc(inputs.clicked[rows][judged], margin_N[judged])
         return measures
 

@@ -80,7 +80,7 @@ class Loop:
         """Train until the last step, or until patience ends.
 
         Raises:
-            TrainingError: the loss is no longer a number.
+            TrainingError: the loss, or what comes of the weights, is no longer a number.
             ResourceError: the workers do not see the same checkpoints.
             SettingsError: activation checkpointing is asked for, and the model has no encoder; or
                 sharding is, and the model was not put in its place by ``sharding.place``.
@@ -218,6 +218,7 @@ class Loop:
         self.model.eval()
         with gathered(self.model), autocast(device, self.stage.autocast):
             measures = self.task.evaluate(self.model, device=device)
+        self._check_numbers(measures, now)
         self._train_mode()
         train_loss = self.workers.all_sum(np.array([now.train_loss]), device)[0]
         row = {
@@ -236,6 +237,26 @@ class Loop:
         if self.report is not None:
             self.report(row)
         return is_best
+
+    def _check_numbers(self, measures: Mapping[str, float], now: Progression) -> None:
+        """An update can spoil the weights after a loss that was still a number: the last one too.
+
+        Raises:
+            TrainingError: what the stage stops on, or without validation rows a weight, is no
+                number.
+        """
+        if measures:
+            sound = math.isfinite(measures[self.task.stop_on])
+        else:
+            sound = is_sharded(self.model) or all(
+                bool(torch.isfinite(weight).all()) for weight in self.model.parameters()
+            )
+        if not sound:
+            what = self.task.stop_on if measures else "a weight"
+            raise TrainingError(
+                f"{what} is no number after step {now.step} of {self.folder.root.name}; look for "
+                f"non-finite inputs, or lower the learning rate (now {self.stage.learning_rate:g})"
+            )
 
     def _save(self, now: Progression, optimizer: torch.optim.Optimizer, *, is_best: bool) -> None:
         """Rank 0 writes the whole model, also where each worker holds a part."""

@@ -188,15 +188,17 @@ def mean_square(
         student_BATT, teacher_BATT = (
             x.masked_fill(x <= THRESHOLD, 0.0) for x in (student_BATT, teacher_BATT)
         )
-    square_BATT = (student_BATT - teacher_BATT) ** 2
     if mask_BT is None:
-        return square_BATT.mean()
-    m_BT = mask_BT.to(square_BATT.dtype)
-    m_B1TT = (m_BT[:, :, None] * m_BT[:, None, :]).unsqueeze(1)
-    # A score of padding may be infinite, and 0 times that is not a number.
-    square_BATT = square_BATT.masked_fill(m_B1TT == 0, 0.0)
-    num_pairs = square_BATT.shape[1] * (m_BT.sum(dim=1) ** 2).sum().clamp(min=1)
-    return (square_BATT * m_B1TT).sum() / num_pairs
+        return ((student_BATT - teacher_BATT) ** 2).mean()
+    m_BT = mask_BT.to(student_BATT.dtype)
+    padding_B1TT = (m_BT[:, :, None] * m_BT[:, None, :]).unsqueeze(1) == 0
+    # A score of padding may be infinite: it must not reach the difference, whose gradient, too,
+    # would be no number.
+    student_BATT, teacher_BATT = (
+        x.masked_fill(padding_B1TT, 0.0) for x in (student_BATT, teacher_BATT)
+    )
+    num_pairs = student_BATT.shape[1] * (m_BT.sum(dim=1) ** 2).sum().clamp(min=1)
+    return ((student_BATT - teacher_BATT) ** 2).sum() / num_pairs
 
 
 def cross_entropy(

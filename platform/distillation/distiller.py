@@ -171,6 +171,11 @@ class Distiller:
     ) -> None:
         self.objective = objective
         self.teachers = _several(teacher)
+        if any(inner_model(student) is inner_model(each) for each in self.teachers):
+            raise ValueError(
+                "student and teacher are one and the same module; give a copy of it "
+                "(copy.deepcopy) as the teacher"
+            )
         self.adapter = adapter
         self.teacher_adapter = teacher_adapter or adapter
         other = example if teacher_example is None else teacher_example
@@ -314,6 +319,7 @@ class Distiller:
         outputs = self.adapter(self.student, batch)
         if self.objective.needs_labels and outputs.labels is None:
             raise ValueError(_NO_LABELS)
+        _check_labels(outputs)
         if not self.teachers:
             _check_outputs(self.objective, [outputs.logits.shape[-1]])
             return
@@ -428,6 +434,37 @@ def _check_outputs(objective: ObjectiveSettings, classes: Sequence[int | None]) 
         nothing = torch.zeros(1, known[0])
         objective.example_temperature.rows(nothing, nothing, torch.ones(1), base=1.0)
         objective.soft.rows(nothing, nothing, objective.temperature)
+
+
+def _check_labels(outputs: Outputs) -> None:
+    """Labels of an example are one a row (or token), and classes that there are."""
+    labels, logits = outputs.labels, outputs.logits
+    if labels is None:
+        return
+    num_classes, shape = logits.shape[-1], list(logits.shape[:-1])
+    if list(labels.shape) != shape:
+        raise ValueError(
+            f"labels must be one for each of the logits {list(logits.shape)}, so of shape {shape}, "
+            f"got {list(labels.shape)}"
+        )
+    known = labels[~labels.isnan()] if labels.is_floating_point() else labels
+    lowest, highest = (float(x) for x in (known.min(), known.max())) if known.numel() else (0, 0)
+    if not labels.is_floating_point():
+        if highest >= max(num_classes, 2):
+            raise ValueError(
+                f"labels must be classes below {max(num_classes, 2)}, or negative where not known, "
+                f"got {highest:g}"
+            )
+    elif logits.ndim != 2 or num_classes > 2:
+        raise ValueError(
+            f"labels in floating point are shares of yes of one or two logits a row, got them for "
+            f"logits {list(logits.shape)}; give classes as integers (labels.long())"
+        )
+    elif lowest < 0 or highest > 1:
+        raise ValueError(
+            f"labels in floating point are shares of yes between 0 and 1, NaN where not known, got "
+            f"{lowest if lowest < 0 else highest:g}; give classes as integers (labels.long())"
+        )
 
 
 def _declared_classes(model: nn.Module) -> int | None:

@@ -59,7 +59,7 @@ def expand_preset(raw: Mapping[str, Any]) -> dict[str, Any]:
     name = raw.get("preset")
     if name is None:
         return given
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
     preset = dict(PRESETS[name])
     weights = {"hard_weight", "soft_weight"}

@@ -95,7 +95,8 @@ class Flsw(AroundTheMean):
         """See above; a vector of zeros differs from everything by 1."""
         student_BC = student_BC / (student_BC.norm(dim=-1, keepdim=True) + 1e-4)
         teacher_BC = teacher_BC / (teacher_BC.norm(dim=-1, keepdim=True) + 1e-4)
-        return (1 - (student_BC * teacher_BC).sum(dim=-1)) ** self.gamma
+        # Rounding may give a cosine above 1, and a root of a negative number is none.
+        return (1 - (student_BC * teacher_BC).sum(dim=-1)).clamp(min=0) ** self.gamma
 
 
 class Cwsm(AroundTheMean):

@@ -395,6 +395,36 @@ def test_what_the_models_cannot_give_is_refused_with_an_example_batch() -> None:
         Distiller(bert(1, 8), objective())(batch)
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.full((4,), 7), "classes below 2, or negative where not known, got 7"),
+        (torch.ones(4, 2).long(), r"one for each of the logits \[4, 2\], so of shape \[4\]"),
+        (torch.full((4,), 2.0), r"shares of yes between 0 and 1, .* got 2; .*labels.long\(\)"),
+        (torch.full((4,), -100.0), "shares of yes between 0 and 1, .* got -100"),
+    ],
+)
+def test_labels_that_mean_nothing_are_refused_with_an_example_batch(
+    labels: torch.Tensor, message: str
+) -> None:
+    batch = {"input_ids": torch.randint(5, 20, (4, 6)), "labels": labels}
+    with pytest.raises(ValueError, match=message):
+        Distiller(bert(1, 8), objective(), teacher=bert(1, 8), example=batch)
+
+
+def test_classes_in_floating_point_are_refused_where_there_are_more_than_two() -> None:
+    batch = {"input_ids": torch.randint(5, 20, (4, 6)), "labels": torch.rand(4)}
+    models = bert(1, 8, labels=3), bert(1, 8, labels=3, seed=1)
+    with pytest.raises(ValueError, match=r"got them for logits \[4, 3\]; give classes as integers"):
+        Distiller(models[0], objective(), teacher=models[1], example=batch)
+
+
+def test_a_model_cannot_be_its_own_teacher() -> None:
+    model = bert(1, 8)
+    with pytest.raises(ValueError, match=r"one and the same module; give a copy .*deepcopy"):
+        Distiller(model, objective(), teacher=model)
+
+
 def test_an_adapter_of_ones_own_runs_any_model() -> None:
     student, teacher = nn.Linear(3, 2), nn.Linear(4, 2)
 

@@ -267,6 +267,17 @@ def test_padding_changes_no_match_and_gets_no_gradient(
         assert gradient[~mask].abs().sum() == 0
 
 
+@pytest.mark.parametrize("match", [AttentionMse(), AttentionMseSum(), AttentionCe(), AttentionKl()])
+def test_scores_that_the_model_has_masked_by_infinity_have_a_gradient(match: Match) -> None:
+    raw = SCORES_S.clone().requires_grad_()
+    bias = torch.where(MASK[:, None, None, :].bool(), 0.0, -math.inf)
+    scores = AttentionKl(on="scores") if isinstance(match, AttentionKl) else match
+    found = scores.loss([raw + bias], [SCORES_T + bias], MASK)
+    assert found.item() == pytest.approx(scores.loss([SCORES_S], [SCORES_T], MASK).item())
+    (gradient,) = torch.autograd.grad(found, raw)
+    assert torch.isfinite(gradient).all()
+
+
 @pytest.mark.parametrize("match", [match for match, _ in SLOW], ids=name)
 def test_agreement_costs_the_least(match: Match) -> None:
     student, teacher, mask = draw(match, 1, [4, 2])

@@ -155,6 +155,9 @@ def test_an_expanded_preset_is_the_same_objective() -> None:
     ("raw", "message"),
     [
         ({"preset": "hinton"}, "preset must be one of ctrbert, turc, .*, zhao, got 'hinton'"),
+        ({"preset": ["turc"]}, r"preset must be one of ctrbert, .*, got \['turc'\]"),
+        ({"example_temperature": {"kind": "flsw", "beta": float("inf")}}, "beta\n.*finite"),
+        ({"example_temperature": {"kind": "flsw", "gamma": float("inf")}}, "gamma\n.*finite"),
         ({"alpha": 0.5, "soft_weight": 1}, "either alpha or hard_weight .* got alpha and soft_w"),
         ({"hard_weight": 1}, "give hard_weight and soft_weight together .* got only hard_weight"),
         ({"hard_weight": 0, "soft_weight": 0}, "every weight is 0: nothing would be learned"),

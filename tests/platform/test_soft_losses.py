@@ -176,6 +176,14 @@ def test_logits_far_apart_give_finite_losses_and_gradients(loss: SoftLoss) -> No
 # --- temperatures ---------------------------------------------------------------------------
 
 
+def test_large_logits_that_agree_have_a_temperature() -> None:
+    logits = 3000 * torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
+    known = torch.ones(1000, dtype=torch.bool)
+    temperatures = Flsw(gamma=0.5).rows(logits, logits.clone(), known, base=2.0)
+    assert isinstance(temperatures, Tensor)
+    assert temperatures.tolist() == pytest.approx([2.0] * 1000, abs=0.01)
+
+
 def test_temperatures_of_rows_have_the_published_values() -> None:
     flsw = Flsw(beta=1, gamma=2).rows(STUDENT, TEACHER, KNOWN, base=8)
     cwsm = Cwsm(beta=1).rows(STUDENT, TEACHER, KNOWN, base=8)

@@ -462,6 +462,24 @@ def test_a_loss_that_is_no_number_stops_the_stage(tiny_market: Any, tmp_path: Pa
     assert not job.output.exists()
 
 
+@pytest.mark.parametrize("is_judged", [True, False])
+def test_a_last_update_that_spoils_the_weights_stops_the_stage(
+    tiny_market: Any, tmp_path: Path, is_judged: bool
+) -> None:
+    # the loss of a batch is taken before its update, so that of the only step is still a number
+    stage = StageSettings(
+        batch_size=640, num_steps=1, learning_rate=1e38, warmup_share=0, schedule="constant"
+    )
+    job = tiny_market.job("head", tmp_path, stage=replace_settings(stage, weight_decay=1e9))
+    with pytest.raises(TrainingError, match=r"is no number after step 1 of .* learning rate"):
+        run_stage(job if is_judged else replace(job, validation=None))
+    assert not job.output.exists()
+
+
+def replace_settings(stage: StageSettings, **changes: Any) -> StageSettings:
+    return StageSettings.model_validate(stage.model_dump() | changes)
+
+
 def test_a_masked_language_stage_refuses_what_it_would_ignore(
     tiny_market: Any, tmp_path: Path
 ) -> None:
