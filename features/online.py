@@ -6,8 +6,9 @@ through Feast.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -15,10 +16,10 @@ from numpy.typing import NDArray
 
 from driftline.features.online_views import (
     FeastLookup,
+    Found,
     Key,
     SnapshotLookup,
     ViewLookup,
-    ViewValues,
     Wanted,
 )
 from driftline.features.paths import materialized_path, online_folder
@@ -35,12 +36,40 @@ Columns = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
+class Part:
+    """What one view gives to a request: slots of its table for each alias that reads it."""
+
+    wanted: Wanted
+    found: Found
+    """Slots of the page and the ads ``[B + 1]``, or of the distinct groups of ads ``[G]``; expired
+    values stand nowhere (-1)."""
+    rows: NDArray[np.int64] | None = None
+    """Group of each ad, for views of categories. ``[B]``."""
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """Prefixes of the columns that it fills."""
+        if self.wanted.view.entity == "product":
+            return PRODUCT_ALIASES
+        return ("ad_category",) if self.wanted.view.entity == "category" else ("category_pair",)
+
+    def slots(self, alias: str) -> NDArray[np.int64]:
+        """Slot of each ad's value under an alias; one for all of the page. ``[B or 1]``."""
+        slots = self.found.slots
+        if self.rows is not None:
+            return slots[self.rows]
+        return slots[:1] if alias == PRODUCT_ALIASES[0] else slots[1:]
+
+
+@dataclass(frozen=True)
 class OnlineRead:
     """Features of one page and B ads at one moment."""
 
-    columns: Columns
-    """Every feature column of a frame, and both text ids. Numbers are float32 with NaN for missing,
-    categories objects with ``None``, text ids int64 with 0. ``[B]`` each."""
+    num_ads: int
+    parts: tuple[Part, ...]
+    context: Mapping[str, str | float | None]
+    """Features of the impression, by name; those not given are missing."""
+    context_kinds: Mapping[str, str]
     tiers: Mapping[str, tuple[float, bool]]
     """By tier: age in seconds of the oldest value used (NaN when none was), and whether it is
     stale: a value older than the tier allows was used, or all values found had expired."""
@@ -48,6 +77,35 @@ class OnlineRead:
     """The page is in no view of products."""
     unknown_ads: NDArray[np.bool_]
     """The same for each ad. ``[B]``."""
+
+    @cached_property
+    def columns(self) -> Columns:
+        """Every feature column of a frame, and both text ids. ``[B]`` each.
+
+        Numbers are float32 with NaN for missing, categories objects with ``None``, text ids int64
+        with 0.
+        """
+        num = self.num_ads
+        columns: Columns = {}
+        for name, kind in self.context_kinds.items():
+            value = self.context.get(name)
+            if kind == "numeric":
+                columns[name] = np.full(num, np.nan if value is None else value, np.float32)
+            else:
+                columns[name] = np.full(num, value, np.object_)
+        for name in TEXT_ID_COLUMNS:
+            columns[name] = np.full(num, NO_TEXT, np.int64)
+        for part in self.parts:
+            table = part.found.table
+            for alias in part.aliases:
+                slots = np.broadcast_to(part.slots(alias), num)
+                for place, name in enumerate(part.wanted.numbers):
+                    columns[f"{alias}__{name}"] = table.numbers[slots, place]
+                for name, (codes, values) in table.categories.items():
+                    columns[f"{alias}__{name}"] = values[codes[slots]]
+                if table.text_id is not None:
+                    columns[f"{alias}__{TEXT_ID}"] = table.text_id[slots]
+        return columns
 
 
 @dataclass(frozen=True)
@@ -64,9 +122,9 @@ class OnlineFeatures:
     def __init__(self, settings: DriftlineSettings) -> None:
         self._settings = settings
         self._wanted = _wanted(settings)
-        self._context = [
-            (column.name, column.kind) for column in head_columns(settings) if column.alias is None
-        ]
+        self._context = {
+            column.name: column.kind for column in head_columns(settings) if column.alias is None
+        }
         self._category = settings.counters.category
         self._store: Any = None
         if settings.store.online == "redis":
@@ -118,28 +176,31 @@ class OnlineFeatures:
             now: Moment of the request, not before ``as_of``.
         """
         version = self._version
-        num, now_us = len(ads), (now - EPOCH) // MICROSECOND
-        columns = self._context_columns(context, num)
-        for name in TEXT_ID_COLUMNS:
-            columns[name] = np.full(num, NO_TEXT, np.int64)
+        now_us = (now - EPOCH) // MICROSECOND
         ages = _Ages()
-        unknown = np.ones(num + 1, bool)
+        unknown = np.ones(len(ads) + 1, bool)
         keys: list[Key | None] = [page, *ads]
+        parts = []
         for wanted in self._wanted:
             if wanted.view.entity == "product":
-                values = version.lookups[wanted.view.name].read(keys)
-                unknown &= ~values.known
-                ages.add(wanted.view, values, now_us)
-                _put(columns, "page", wanted, values, np.zeros(num, np.int64))
-                _put(columns, "ad", wanted, values, np.arange(1, num + 1))
+                found = version.lookups[wanted.view.name].find(keys)
+                unknown &= found.slots < 0
+                parts.append(Part(wanted, ages.add(wanted.view, found, now_us)))
+        groups = _Groups(parts, self._category)
         for wanted in self._wanted:
             if wanted.view.entity != "product":
-                group, rows = self._category_keys(wanted.view, columns)
-                values = version.lookups[wanted.view.name].read(group)
-                ages.add(wanted.view, values, now_us)
-                alias = "ad_category" if wanted.view.entity == "category" else "category_pair"
-                _put(columns, alias, wanted, values, rows)
-        return OnlineRead(columns, ages.by_tier(), bool(unknown[0]), unknown[1:])
+                found = version.lookups[wanted.view.name].find(groups.keys(wanted.view))
+                found = ages.add(wanted.view, found, now_us)
+                parts.append(Part(wanted, found, groups.rows))
+        return OnlineRead(
+            num_ads=len(ads),
+            parts=tuple(parts),
+            context=context,
+            context_kinds=self._context,
+            tiers=ages.by_tier(),
+            unknown_page=bool(unknown[0]),
+            unknown_ads=unknown[1:],
+        )
 
     def status(self, *, now: datetime) -> dict[str, Any]:
         """What is in memory, JSON-able: completeness, and version and size of each view."""
@@ -183,53 +244,53 @@ class OnlineFeatures:
         ]
         return parse_time(min(times)) if len(times) == len(self._wanted) and times else None
 
-    def _context_columns(self, context: Mapping[str, str | float | None], num: int) -> Columns:
-        columns: Columns = {}
-        for name, kind in self._context:
-            value = context.get(name)
-            if kind == "numeric":
-                columns[name] = np.full(num, np.nan if value is None else value, np.float32)
-            else:
-                columns[name] = np.full(num, value, np.object_)
-        return columns
 
-    def _category_keys(
-        self, view: View, columns: Columns
-    ) -> tuple[list[Key | None], NDArray[np.int64]]:
-        """Distinct keys of a category view, and which of them each row has."""
-        page, ad = (columns[f"{alias}__{self._category}"].tolist() for alias in PRODUCT_ALIASES)
-        first = page[0] if page else None
-        places: dict[str | None, int] = {}
-        rows = [places.setdefault(category, len(places)) for category in ad]
+class _Groups:
+    """Distinct categories of a request's ads, for views that have a row for a category."""
+
+    def __init__(self, parts: Sequence[Part], category: str | None) -> None:
+        self._page: str | None = None
+        self._categories: list[str | None] = []
+        self.rows = np.empty(0, np.int64)
+        for part in parts:
+            if category in part.wanted.categories:
+                codes, values = part.found.table.categories[category]
+                mine = codes[part.found.slots]
+                distinct, self.rows = np.unique(mine[1:], return_inverse=True)
+                self._page, self._categories = values[mine[0]], values[distinct].tolist()
+
+    def keys(self, view: View) -> list[Key | None]:
+        """Keys of the groups in a view of categories, or of pairs with the page's. ``[G]``."""
         if view.entity == "category":
-            return list(places), np.array(rows, np.int64)
-        pairs: list[Key | None] = [
-            None if first is None or category is None else f"{first}|{category}"
-            for category in places
+            return list(self._categories)
+        page = self._page
+        return [
+            None if page is None or category is None else f"{page}|{category}"
+            for category in self._categories
         ]
-        return pairs, np.array(rows, np.int64)
 
 
 class _Ages:
-    """Oldest value used by tier, with expired values made missing on the way."""
+    """Oldest value used by tier; expired values are taken out on the way."""
 
     def __init__(self) -> None:
         self._oldest: dict[str, float] = {}
         self._stale: dict[str, bool] = {}
 
-    def add(self, view: View, values: ViewValues, now_us: int) -> None:
-        """Apply the time to live of a view and take note of the ages of what is left."""
-        age_us = now_us - values.event_us
-        limit = view.value_freshness // MICROSECOND
-        used, old = values.known, values.known & (age_us > limit)
+    def add(self, view: View, found: Found, now_us: int) -> Found:
+        """Take note of the ages of a view's values; gives those that have not expired."""
+        known = found.slots >= 0
+        age_us = now_us - found.table.event_us[found.slots]
+        old = known & (age_us > view.value_freshness // MICROSECOND)
         stale = bool(old.any())
         if stale and view.expires:
-            values.forget(old)
-            used = values.known & ~old
-            stale = not used.any()
-        oldest = float(age_us[used].max()) / 1e6 if used.any() else np.nan
+            known &= ~old
+            found = replace(found, slots=np.where(known, found.slots, -1))
+            stale = not known.any()
+        oldest = float(age_us[known].max()) / 1e6 if known.any() else np.nan
         self._oldest[view.tier] = float(np.fmax(self._oldest.get(view.tier, np.nan), oldest))
         self._stale[view.tier] = self._stale.get(view.tier, False) or stale
+        return found
 
     def by_tier(self) -> dict[str, tuple[float, bool]]:
         """Age in seconds (never below 0) and staleness of each tier."""
@@ -237,19 +298,6 @@ class _Ages:
             tier: (max(age, 0.0) if age == age else age, self._stale[tier])
             for tier, age in self._oldest.items()
         }
-
-
-def _put(
-    columns: Columns, alias: str, wanted: Wanted, values: ViewValues, rows: NDArray[np.int64]
-) -> None:
-    """Copy the values of some rows into the columns of an alias."""
-    numbers = values.numbers[rows]
-    for place, name in enumerate(wanted.numbers):
-        columns[f"{alias}__{name}"] = numbers[:, place]
-    for name, column in values.categories.items():
-        columns[f"{alias}__{name}"] = column[rows]
-    if values.text_id is not None:
-        columns[f"{alias}__{TEXT_ID}"] = values.text_id[rows]
 
 
 def _wanted(settings: DriftlineSettings) -> tuple[Wanted, ...]:

@@ -3,7 +3,7 @@
 Shape suffixes: K requested keys, N keys of a snapshot, F numeric features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from driftline.features.feast_plugins.keys import Keys
 from driftline.features.feast_plugins.snapshot import Snapshot, current_version
 from driftline.features.views import NO_TEXT, TEXT_ID, View
 
@@ -22,27 +23,26 @@ Key = int | str
 
 
 @dataclass(frozen=True)
-class ViewValues:
-    """Values of one view for some keys; arrays may be changed by whoever asked for them."""
+class ViewTable:
+    """Newest values of a view by slot; the last slot, also at -1, is that of a missing key."""
 
-    known: NDArray[np.bool_]
-    """Whether the view holds the key at all. ``[K]``."""
     event_us: NDArray[np.int64]
-    """Event time in microseconds; without meaning where not known. ``[K]``."""
+    """Event time in microseconds; without meaning in the last slot. ``[N + 1]``."""
     numbers: NDArray[np.float32]
-    """NaN where missing. ``[K, F]``."""
-    categories: dict[str, NDArray[np.object_]]
-    """Strings, ``None`` where missing. ``[K]`` each."""
+    """NaN where missing. ``[N + 1, F]``."""
+    categories: Mapping[str, tuple[NDArray[np.int32], NDArray[np.object_]]]
+    """For each category: codes ``[N + 1]``, -1 where missing, and the strings that they stand for,
+    whose last entry is ``None``."""
     text_id: NDArray[np.int64] | None
-    """``NO_TEXT`` where missing. ``[K]``."""
+    """``NO_TEXT`` where missing. ``[N + 1]``."""
 
-    def forget(self, rows: NDArray[np.bool_]) -> None:
-        """Make the values of some keys missing. ``[K]``."""
-        self.numbers[rows] = np.nan
-        for values in self.categories.values():
-            values[rows] = None
-        if self.text_id is not None:
-            self.text_id[rows] = NO_TEXT
+
+@dataclass(frozen=True)
+class Found:
+    """Where the requested keys stand in a table: -1 where they do not. ``[K]``."""
+
+    table: ViewTable
+    slots: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Wanted:
 class ViewLookup(Protocol):
     """Newest values of a view by key."""
 
-    def read(self, keys: Sequence[Key | None]) -> ViewValues:
-        """Values in the order of ``keys``; unknown keys and ``None`` have none."""
+    def find(self, keys: Keys) -> Found:
+        """Slots in the order of ``keys``; unknown keys and ``None`` have none."""
 
     def version(self) -> str | None:
         """Changes with every write; ``None`` before the first, or when it cannot be known."""
@@ -74,22 +74,22 @@ class SnapshotLookup:
         self.snapshot = snapshot
         num = 0 if snapshot is None else len(snapshot)
         every = np.arange(num)
-        self._event_us = np.zeros(num + 1, np.int64)
-        self._numbers = np.full((num + 1, len(wanted.numbers)), np.nan, np.float32)
-        self._categories: dict[str, tuple[NDArray[np.int32], NDArray[np.object_]]] = {}
-        self._text_id = np.full(num + 1, NO_TEXT, np.int64) if wanted.text_id else None
+        event_us = np.zeros(num + 1, np.int64)
+        numbers = np.full((num + 1, len(wanted.numbers)), np.nan, np.float32)
+        text_id = np.full(num + 1, NO_TEXT, np.int64) if wanted.text_id else None
+        categories = {}
         for name in wanted.categories:
             values = pa.chunked_array([[]], pa.string())
             if snapshot is not None:
                 values = snapshot.arrow(name, every)
-            self._categories[name] = _coded(values)
-        if snapshot is None:
-            return
-        self._event_us[:-1] = snapshot.event_time_us
-        if wanted.numbers:
-            self._numbers[:-1] = snapshot.matrix(wanted.numbers)
-        if self._text_id is not None:
-            self._text_id[:-1] = np.asarray(snapshot.arrow(TEXT_ID, every).fill_null(NO_TEXT))
+            categories[name] = _coded(values)
+        if snapshot is not None:
+            event_us[:-1] = snapshot.event_time_us
+            if wanted.numbers:
+                numbers[:-1] = snapshot.matrix(wanted.numbers)
+            if text_id is not None:
+                text_id[:-1] = np.asarray(snapshot.arrow(TEXT_ID, every).fill_null(NO_TEXT))
+        self.table = ViewTable(event_us, numbers, categories, text_id)
 
     @classmethod
     def open(
@@ -108,18 +108,11 @@ class SnapshotLookup:
         """Version of the snapshot."""
         return None if self.snapshot is None else self.snapshot.version
 
-    def read(self, keys: Sequence[Key | None]) -> ViewValues:
-        """Values in the order of ``keys``, a few microseconds a column."""
-        rows = np.full(len(keys), -1) if self.snapshot is None else self.snapshot.rows(keys)
-        return ViewValues(
-            known=rows >= 0,
-            event_us=self._event_us[rows],
-            numbers=self._numbers[rows],
-            categories={
-                name: values[codes[rows]] for name, (codes, values) in self._categories.items()
-            },
-            text_id=None if self._text_id is None else self._text_id[rows],
-        )
+    def find(self, keys: Keys) -> Found:
+        """Slots in the order of ``keys``, in microseconds."""
+        if self.snapshot is None:
+            return Found(self.table, np.full(_length(keys), -1))
+        return Found(self.table, self.snapshot.rows(keys))
 
 
 class FeastLookup:
@@ -134,9 +127,10 @@ class FeastLookup:
         """Unknown: Feast's stores do not tell when they were written."""
         return None
 
-    def read(self, keys: Sequence[Key | None]) -> ViewValues:
-        """Values in the order of ``keys``; milliseconds a call."""
+    def find(self, keys: Keys) -> Found:
+        """A table of the requested keys alone; milliseconds a call."""
         wanted = self._wanted
+        keys = keys.tolist() if isinstance(keys, np.ndarray) else list(keys)
         names = [*wanted.numbers, *wanted.categories, *([TEXT_ID] if wanted.text_id else [])]
         present = np.array([key is not None for key in keys], bool)
         found: dict[str, list[Any]] = {name: [None] * len(keys) for name in names}
@@ -162,17 +156,25 @@ class FeastLookup:
                         known[row], event_us[row] = True, micros
                         kind = value.WhichOneof("val")
                         found[name][row] = None if kind is None else getattr(value, kind)
-        numbers = np.full((len(keys), len(wanted.numbers)), np.nan, np.float32)
+        numbers = np.full((len(keys) + 1, len(wanted.numbers)), np.nan, np.float32)
         for place, name in enumerate(wanted.numbers):
-            numbers[:, place] = [np.nan if value is None else value for value in found[name]]
+            numbers[:-1, place] = [np.nan if value is None else value for value in found[name]]
         ids = [NO_TEXT if value is None else value for value in found.get(TEXT_ID, [])]
-        return ViewValues(
-            known=known,
-            event_us=event_us,
+        table = ViewTable(
+            event_us=np.append(event_us, 0),
             numbers=numbers,
-            categories={name: _objects(found[name]) for name in wanted.categories},
-            text_id=np.array(ids, np.int64) if wanted.text_id else None,
+            categories={
+                name: _coded(pa.chunked_array([pa.array(found[name], pa.string())]))
+                for name in wanted.categories
+            },
+            text_id=np.array([*ids, NO_TEXT], np.int64) if wanted.text_id else None,
         )
+        return Found(table, np.where(known, np.arange(len(keys)), -1))
+
+
+def _length(keys: Keys) -> int:
+    assert isinstance(keys, Sequence | np.ndarray)
+    return len(keys)
 
 
 def _coded(values: pa.ChunkedArray) -> tuple[NDArray[np.int32], NDArray[np.object_]]:
