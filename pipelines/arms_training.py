@@ -8,8 +8,10 @@ from pathlib import Path
 
 from driftline.features.log import ImpressionLog
 from driftline.pipelines.head_training import HeadStart, train_head
-from driftline.pipelines.laboratory import Laboratory, Rows
+from driftline.pipelines.laboratory import Laboratory
+from driftline.pipelines.laboratory_rows import Rows
 from driftline.pipelines.strategy import StrategyRun, TrainedStudent
+from driftline.pipelines.strategy_head import text_vectors
 from driftline.pipelines.student_forms import TwinForm
 from driftline.pipelines.training_sets import replayed_frame
 from driftline.platform.bundle import Calibration, VectorCache
@@ -72,7 +74,7 @@ def train_arms(laboratory: Laboratory, *, progress: Progress | None = None) -> F
     run = StrategyRun(laboratory, strategy, form)
     logger.debug("the frozen teacher is %s", laboratory.teacher.hash)  # or there is none: fail now
     student = run.run()
-    vectors = run.vectors(student.weights)
+    vectors = text_vectors(laboratory, form.spec, student.weights)
     head = student.head or student.weights
     spec = HeadOnlySpec(head=form.head)
     born = Scorer(

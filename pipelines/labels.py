@@ -80,6 +80,11 @@ class TeacherLabels:
         serialiser = RowSerialiser(self.reader.serialiser.columns, texts)
         return replace(self, reader=replace(self.reader, serialiser=serialiser))
 
+    def with_keys(self, keys: Sequence[FeatureKey]) -> "TeacherLabels":
+        """The same, also keeping inner tensors; its passes are counted from 0."""
+        memory = replace(self.memory, keys=tuple(dict.fromkeys(keys)), num_passes=0)
+        return replace(self, memory=memory)
+
     def label(self, frame: pa.Table, *, progress: Progress | None = None) -> Labelled:
         """See ``SoftLabels.label``."""
         logits = np.empty((frame.num_rows, 2), np.float32)
@@ -176,6 +181,11 @@ class SoftLabels:
     def with_texts(self, texts: pa.Table) -> "SoftLabels":
         """The same labels for rows that point to other texts, such as generated ones."""
         return SoftLabels(tuple(member.with_texts(texts) for member in self.members))
+
+    def with_keys(self, keys: Sequence[FeatureKey]) -> "SoftLabels":
+        """The same labels; the first teacher also keeps inner tensors. Passes count from 0."""
+        first, *others = self.members
+        return SoftLabels((first.with_keys(keys), *(other.with_keys(()) for other in others)))
 
     def label(self, frame: pa.Table, *, progress: Progress | None = None) -> Labelled:
         """Logits of every row, in order, and where its features are.

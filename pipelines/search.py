@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import yaml
 
-from driftline.pipelines.laboratory import default_moment
+from driftline.pipelines.market_moment import default_moment
 from driftline.pipelines.search_table import (
     SearchTable,
     make_table,

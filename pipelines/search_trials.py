@@ -21,7 +21,8 @@ import torch
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
-from driftline.pipelines.laboratory import Laboratory, Runner, run_here
+from driftline.pipelines.laboratory import Laboratory
+from driftline.pipelines.laboratory_nodes import Runner, run_here
 from driftline.pipelines.strategy import train_strategy
 from driftline.pipelines.strategy_measures import TestSets, measure_student
 from driftline.pipelines.student_forms import FormName

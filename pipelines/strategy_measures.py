@@ -14,7 +14,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from driftline.pipelines.laboratory import Laboratory, Node, Rows
+from driftline.pipelines.laboratory import Laboratory
+from driftline.pipelines.laboratory_nodes import Node
+from driftline.pipelines.laboratory_rows import Rows
 from driftline.pipelines.strategy import TrainedStudent
 from driftline.pipelines.student_forms import StudentForm
 from driftline.platform.metrics import (
@@ -65,9 +67,8 @@ class TestRows:
     def rows(self) -> Rows:
         """The same in the form that students read."""
         laboratory = self.laboratory
-        return Rows(
-            laboratory.key("test", self.name), laboratory.test_texts, lambda: (self.frame, None)
-        )
+        key = laboratory.key("test", self.name)
+        return Rows(key, laboratory.test_texts, lambda: self.frame)
 
     def probabilities(self, form: StudentForm, *weights: Path) -> FloatArray:
         """A student's click probabilities on the natural click rate. ``[N]``."""

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from driftline.pipelines.laboratory import Laboratory, Rows, TextSet
+from driftline.pipelines.laboratory import Laboratory
+from driftline.pipelines.laboratory_rows import Rows, TextSet
 from driftline.pipelines.teacher_input import RowSerialiser, TeacherInput, teacher_columns
 from driftline.pipelines.training_sets import clicks, write_pair_examples
 from driftline.platform.examples import (
@@ -74,6 +75,11 @@ class StudentForm(ABC):
         """Whether masked-language training has anything to train."""
         return not isinstance(self.spec, HeadOnlySpec | MlpSpec)
 
+    @property
+    def reader(self) -> TeacherInput | None:
+        """How a row becomes one sequence of tokens, for a form that reads rows so."""
+        return None
+
     def examples(self, rows: Rows) -> Path:
         """The example file of these rows; written once."""
         name = f"{type(self).__name__.lower()}.arrow"
@@ -123,13 +129,13 @@ class TwinForm(StudentForm):
 
     def write(self, destination: Path, rows: Rows) -> None:
         """Pairs."""
-        frame, logits = rows.content
         write_pair_examples(
             destination,
-            frame,
+            rows.frame,
             tabular=self.tabular,
             text_ids=rows.texts.table["text_id"].to_numpy(),
-            teacher_logits=logits,
+            teacher_logits=rows.teacher_logits,
+            teacher_rows=rows.teacher_rows,
         )
 
     def language(self) -> tuple[Path, Path | None]:
@@ -173,9 +179,9 @@ class SingleForm(StudentForm):
 
     def write(self, destination: Path, rows: Rows) -> None:
         """Serialised rows."""
-        frame, logits = rows.content
-        tokens = Ragged.of(self._reader(rows.texts).tokens(frame))
-        write_tokens(destination, TokenRows(tokens, clicks(frame), logits))
+        tokens = Ragged.of(self._reader(rows.texts).tokens(rows.frame))
+        labels = (clicks(rows.frame), rows.teacher_logits, rows.teacher_rows)
+        write_tokens(destination, TokenRows(tokens, *labels))
 
     def language(self) -> tuple[Path, Path | None]:
         """Serialised stale rows, as the teacher learned them (papers.md A0.18)."""
@@ -186,6 +192,11 @@ class SingleForm(StudentForm):
     def texts(self, texts: TextSet) -> Path | None:
         """The rows hold their texts."""
         return None
+
+    @property
+    def reader(self) -> TeacherInput:
+        """As the market's first teacher does, with the student's tokeniser."""
+        return self._reader(self.laboratory.texts)
 
     def _reader(self, texts: TextSet) -> TeacherInput:
         laboratory = self.laboratory
@@ -214,13 +225,13 @@ class MlpForm(StudentForm):
     def write(self, destination: Path, rows: Rows) -> None:
         """Pairs with hashed products."""
         assert isinstance(self.spec, MlpSpec)
-        frame, logits = rows.content
         write_pair_examples(
             destination,
-            frame,
+            rows.frame,
             tabular=self.laboratory.tabular,
             text_ids=rows.texts.table["text_id"].to_numpy(),
-            teacher_logits=logits,
+            teacher_logits=rows.teacher_logits,
+            teacher_rows=rows.teacher_rows,
             product_buckets=self.spec.num_product_buckets,
         )
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from driftline.pipelines.labels import SoftLabels
-from driftline.pipelines.laboratory import Laboratory, Node, default_moment
+from driftline.pipelines.laboratory import Laboratory
+from driftline.pipelines.laboratory_nodes import Node
+from driftline.pipelines.market_moment import default_moment
 from driftline.pipelines.provenance import NOT_MODEL_SETTINGS
 from driftline.pipelines.strategy import prepare_strategy, train_strategy
 from driftline.pipelines.strategy_measures import measure_student, measure_teacher

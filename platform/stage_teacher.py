@@ -35,7 +35,6 @@ from driftline.platform.models.spec import (
 from driftline.platform.settings import ObjectiveSettings
 from driftline.platform.teacher_features import TeacherFeatures
 
-OF_TOKENS: Final = ("hidden", "attention", "scores")
 NUM_TRIED: Final = 2  # rows that a model is tried on before training
 MAX_COMPARED: Final = 10_000
 LOGIT_TOLERANCE: Final = 0.01  # the same teacher in another precision or batch
@@ -94,15 +93,28 @@ def shape_of_spec(spec: ModelSpec) -> ModelShape:
 
 
 def teacher_keys(
-    matches: Iterable[Match], student: ModelSpec, teacher: ModelSpec
+    matches: Iterable[Match],
+    student: ModelSpec,
+    teacher: ModelSpec,
+    *,
+    tokens: tuple[str, str] | None = None,
 ) -> tuple[FeatureKey, ...]:
     """Tensors of the teacher that a student's matches need, to be written beside its labels.
+
+    Args:
+        matches: Of an objective.
+        student: What it is.
+        teacher: What it is.
+        tokens: Names of the ways in which student and teacher cut rows into tokens, where more is
+            known than ``token_view`` says: equal names must mean equal token ids.
 
     Raises:
         ValueError: a match is impossible between the two; or it names a module whose width only a
             run can tell.
     """
-    shapes = shape_of_spec(student), shape_of_spec(teacher)
+    shapes = [shape_of_spec(student), shape_of_spec(teacher)]
+    if tokens is not None:
+        shapes = [replace(shape, tokens=name) for shape, name in zip(shapes, tokens, strict=True)]
     with torch.random.fork_rng(devices=[]):
         return Matching(tuple(matches), *shapes).teacher_keys
 
@@ -211,15 +223,16 @@ def _check_store(
     rows = np.flatnonzero(inputs.teacher_rows >= 0)
     if not labels_known:
         _check_labels(store, inputs, rows)
-    if isinstance(inputs, TowerInputs) and any(k.kind in OF_TOKENS for k in matching.teacher_keys):
+    if isinstance(inputs, TowerInputs) and matching.by_token:
         own, theirs = inputs.num_tokens(rows), store.lengths(inputs.teacher_rows[rows])
         assert own is not None
         if (differs := np.flatnonzero(own != theirs)).size:
             first = differs[0]
             raise ContractError(
-                f"row {rows[first]} has {own[first]} tokens for the student and {theirs[first]} in "
-                f"the teacher features {store.folder}: they were not cut alike; give both the same "
-                "tokeniser and max_tokens, or match whole rows (pkd, module)"
+                f"{' and '.join(matching.by_token)} must read the same tokens on both sides, but "
+                f"row {rows[first]} has {own[first]} for the student and {theirs[first]} in the "
+                f"teacher features {store.folder}: they were not cut alike; give both the same "
+                "tokeniser and max_tokens, or match whole rows (pkd, module on pooled vectors)"
             )
 
 

@@ -6,6 +6,7 @@ Shape suffixes: B rows, T tokens.
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from torch import Tensor, nn
 
@@ -14,10 +15,12 @@ from driftline.platform.distillation.matches import (
     LayerMatch,
     Match,
     ModelShape,
+    ModuleMatch,
     Point,
 )
 
 Features = Mapping[FeatureKey, Tensor]
+OF_TOKENS: Final = frozenset({"hidden", "attention", "scores"})
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,14 @@ class _Place:
     point: Point
     projection: str | None
     """Name of its module."""
+
+    @property
+    def by_token(self) -> bool:
+        """Whether one of its tensors has an entry for each token."""
+        kinds = {key.kind for key in self.point.teacher}
+        return bool(kinds & OF_TOKENS) or (
+            isinstance(self.match, ModuleMatch) and self.match.tokens
+        )
 
 
 class Matching:
@@ -74,6 +85,11 @@ class Matching:
     def names(self) -> tuple[str, ...]:
         """Names of the matches."""
         return tuple(dict.fromkeys(place.name for place in self._places))
+
+    @property
+    def by_token(self) -> tuple[str, ...]:
+        """Names of the matches that compare token by token."""
+        return tuple(dict.fromkeys(place.name for place in self._places if place.by_token))
 
     @property
     def student_keys(self) -> tuple[FeatureKey, ...]:

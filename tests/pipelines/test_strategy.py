@@ -9,12 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from driftline.pipelines.laboratory import Laboratory, Rows, default_moment
-from driftline.pipelines.strategy import (
-    prepare_strategy,
-    pseudo_labelled,
-    train_strategy,
-)
+from driftline.pipelines.laboratory import Laboratory
+from driftline.pipelines.laboratory_rows import Rows
+from driftline.pipelines.market_moment import default_moment
+from driftline.pipelines.pseudo_labels import pseudo_labelled
+from driftline.pipelines.strategy import prepare_strategy, train_strategy
 from driftline.pipelines.strategy_measures import TestSets, measure_student, measure_teacher
 from driftline.pipelines.strategy_names import (
     APPROACHES,
@@ -110,7 +109,7 @@ def test_all_strategies_and_seeds_cost_one_pass_of_the_teacher(
             passes += sum(node.teacher_passes for node in lab.nodes if node.made_now)
     lab = laboratory()
     assert base.distil is not None
-    rows = [part.content[0] for part in lab.distil_rows(base.distil)]
+    rows = [part.frame for part in lab.distil_rows(base.distil)]
     distinct = {tuple(t.tolist()) for frame in rows for t in lab.store.reader.tokens(frame)}
     assert passes == len(distinct)
     assert lab.store.num_passes == 0
@@ -167,7 +166,7 @@ def test_only_the_text_student_is_blind_to_numbers(
     for form in ("twin", "twin_text"):
         student = train_strategy(lab, NAMED_STRATEGIES["KD"](base), form=form)
         before, after = (
-            student.form.logits(Rows(name, lab.test_texts, lambda f=f: (f, None)), *student.files)  # type: ignore[misc]
+            student.form.logits(Rows(name, lab.test_texts, lambda f=f: f), *student.files)  # type: ignore[misc]
             for name, f in (("as it was", frame), ("changed", changed))
         )
         moved[form] = float(np.abs(before - after).max())

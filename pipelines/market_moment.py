@@ -1,0 +1,181 @@
+"""One market at one moment: which rows and texts are known, and the slices that come after."""
+
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from functools import cached_property
+from typing import Any, Final
+
+import pyarrow as pa
+
+from driftline.features.log import ImpressionLog
+from driftline.features.texts import known_texts
+from driftline.pipelines.laboratory_rows import Source, TextSet
+from driftline.pipelines.provenance import NOT_MODEL_SETTINGS
+from driftline.pipelines.student import student_tokenizer
+from driftline.pipelines.training_sets import TrainingRows, known_frame, newest, split_rows
+from driftline.platform.artefacts import hash_value
+from driftline.platform.columns import head_columns
+from driftline.platform.errors import SettingsError
+from driftline.platform.sampling import part_mask, request_keys, unit_hash
+from driftline.platform.settings import DriftlineSettings, StageSettings
+from driftline.platform.tabular import TabularEncoder
+from driftline.platform.text import Tokenizer
+from driftline.platform.windows import Window, floor_time, format_time
+from driftline.platform.workspace import Workspace
+
+FORMAT: Final = 1  # raise when the same settings would give other rows
+MAX_VALIDATION_ROWS: Final = 5_000
+MAX_TEST_ROWS: Final = 50_000
+
+
+@dataclass
+class MarketMoment:
+    """Rows and texts of a market as they are known at a moment; read when first asked for.
+
+    OOD rows come from the stale window, parted by request: train, validation, and the gate's part
+    as test, which nobody trains on. ID rows come from the newest hours before ``as_of``. The *next
+    slices* come after it: no student may know them.
+
+    Everything that rows decide follows ``settings.seed``.
+    """
+
+    settings: DriftlineSettings
+    as_of: datetime
+    slice_hours: float
+
+    # --- rows -----------------------------------------------------------------------------
+
+    @cached_property
+    def ood_window(self) -> Window:
+        """The stale part of the log, as far as it is known."""
+        split = ImpressionLog.open(Workspace.of(self.settings).clean, self.settings).split
+        return Window(split.ood.start, min(split.ood.end, self.as_of))
+
+    @cached_property
+    def id_window(self) -> Window:
+        """The newest ``window_hours`` before ``as_of``."""
+        length = timedelta(hours=self.settings.student.arms_refresh.window_hours)
+        return Window(self.ood_window.start, self.as_of).last(length)
+
+    @cached_property
+    def ood_frame(self) -> pa.Table:
+        """All known rows of the stale window."""
+        return known_frame(self.settings, self.ood_window, as_of=self.as_of)
+
+    @cached_property
+    def id_frame(self) -> pa.Table:
+        """All known rows of the recent window."""
+        return known_frame(self.settings, self.id_window, as_of=self.as_of)
+
+    @cached_property
+    def ood(self) -> TrainingRows:
+        """Stale rows: training thinned, validation natural."""
+        return _bounded(split_rows(self.settings, self.ood_frame))
+
+    @cached_property
+    def id(self) -> TrainingRows:
+        """Recent rows: training thinned, validation natural."""
+        return _bounded(split_rows(self.settings, self.id_frame))
+
+    def training_rows(self, source: Source) -> TrainingRows:
+        """Rows to learn from, by name."""
+        return self.ood if source == "ood" else self.id
+
+    @cached_property
+    def ood_test(self) -> pa.Table:
+        """Stale rows on the natural click rate that neither teacher nor student has seen."""
+        frame = self.ood_frame
+        return _sampled(frame.filter(part_mask(frame, "gate", split=self.settings.split)))
+
+    def next_window(self, number: int = 0) -> Window:
+        """The window of a test slice: 0 begins at ``as_of``, 1 where 0 ends."""
+        length = timedelta(hours=self.slice_hours)
+        start = self.as_of + number * length
+        return Window(start, start + length)
+
+    def next_slice(self, number: int = 0) -> pa.Table:
+        """Rows after ``as_of`` on the natural click rate, each outcome known (papers.md S0.24)."""
+        window = self.next_window(number)
+        known_at = window.end + self.settings.labels.maturity
+        return _sampled(known_frame(self.settings, window, as_of=known_at))
+
+    @cached_property
+    def tabular(self) -> TabularEncoder:
+        """Categories and scales as the recent rows have them; the same for every strategy."""
+        finetune = self.settings.student.arms_refresh.finetune or StageSettings()
+        return TabularEncoder.fit(
+            newest(self.id.train, finetune.max_rows),
+            head_columns(self.settings),
+            num_bins=self.settings.student.head.num_bins,
+        )
+
+    # --- texts ----------------------------------------------------------------------------
+
+    @property
+    def has_text(self) -> bool:
+        """Without text there are no arms, only a head."""
+        return bool(self.settings.select(kind="text"))
+
+    @cached_property
+    def texts(self) -> TextSet:
+        """All texts known at ``as_of``."""
+        return TextSet(self.key("texts"), lambda: known_texts(self.settings, as_of=self.as_of))
+
+    @cached_property
+    def test_texts(self) -> TextSet:
+        """Texts up to the end of both test slices; a product is read as it is when it is shown."""
+        end = self.next_window(1).end
+        key = self.key("texts", format_time(end))
+        return TextSet(key, lambda: known_texts(self.settings, as_of=end))
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The student's."""
+        return student_tokenizer(self.settings)
+
+    # --- names ----------------------------------------------------------------------------
+
+    def key(self, *parts: object) -> str:
+        """A name for what these parts decide, with the rows and settings of this market."""
+        return hash_value([self._base, *parts])
+
+    @cached_property
+    def _base(self) -> str:
+        """Everything that decides rows, texts and scales; strategies and addresses do not."""
+        left_out: dict[str, Any] = dict.fromkeys(NOT_MODEL_SETTINGS, True)
+        shaping = self.settings.model_dump(
+            mode="json", exclude=left_out | {"student": {"arms_refresh", "head_refresh"}}
+        )
+        arms = self.settings.student.arms_refresh
+        finetune = arms.finetune or StageSettings()
+        decided = (arms.window_hours, finetune.max_rows, format_time(self.as_of))
+        return hash_value([FORMAT, shaping, decided])
+
+
+def default_moment(settings: DriftlineSettings, *, slice_hours: float, num_slices: int) -> datetime:
+    """The last full hour after which the log still holds so many test slices.
+
+    Raises:
+        SettingsError: that moment lies in the part of the log that the teacher learned from.
+    """
+    log = ImpressionLog.open(Workspace.of(settings).clean, settings)
+    length = timedelta(hours=slice_hours * num_slices)
+    moment = floor_time(log.span.end - length, timedelta(hours=1))
+    if moment < log.split.ood.end:
+        raise SettingsError(
+            f"{num_slices} slices of {slice_hours:g} h need a recent part of at least "
+            f"{length}, the log has {log.split.id}; take a smaller slice_hours or split.ood_share"
+        )
+    return moment
+
+
+def _bounded(rows: TrainingRows) -> TrainingRows:
+    return replace(rows, validation=newest(rows.validation, MAX_VALIDATION_ROWS))
+
+
+def _sampled(frame: pa.Table) -> pa.Table:
+    """At most about ``MAX_TEST_ROWS``: requests drawn by hash, whole."""
+    if frame.num_rows <= MAX_TEST_ROWS:
+        return frame
+    position = unit_hash(request_keys(frame), salt="driftline-test")
+    return frame.filter(pa.array(position < MAX_TEST_ROWS / frame.num_rows))

@@ -1,0 +1,76 @@
+"""What an initialiser may ask of a laboratory; see ``platform.initialisers.Nursery``."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from driftline.pipelines.strategy_stages import Stages
+from driftline.pipelines.teacher import open_tokenizer
+from driftline.platform.artefacts import hash_value
+from driftline.platform.models.spec import ModelSpec, TeacherSpec
+from driftline.platform.settings import ArmsRefreshSettings
+from driftline.platform.stages import StageResult
+from driftline.platform.text import Tokenizer, serialise_table
+
+MASKED: Final = "masked.safetensors"
+
+
+@dataclass(frozen=True)
+class StudentNursery:
+    """Raises one strategy's student to the point where its distillation starts."""
+
+    stages: Stages
+    strategy: ArmsRefreshSettings
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The student."""
+        return self.stages.form.spec
+
+    @property
+    def seed(self) -> int:
+        """Of everything random."""
+        return self.stages.laboratory.seed
+
+    @property
+    def teacher(self) -> tuple[TeacherSpec, Path]:
+        """The frozen teacher and its weights."""
+        return self.stages.teacher_spec, self.stages.laboratory.teacher.weights
+
+    def pretrain(self, spec: ModelSpec | None = None) -> Path:
+        """Masked-language training of the student, or of another model over its texts."""
+        return self.stages.language(self.strategy.mlm, spec)
+
+    def supervise(self) -> Path:
+        """Supervised training on stale clicks, from noise."""
+        return self.stages.clicks("supervised", "ood", self.strategy.supervised, start=())
+
+    def make(self, name: str, write: Callable[[Path], None], *, key: object) -> Path:
+        """A file of the laboratory."""
+        return self.stages.laboratory.make(name, write, key=key)
+
+    def train(self, name: str, run: Callable[[Path, Path], StageResult], *, key: object) -> Path:
+        """A stage of the initialiser's own, as a node of the laboratory."""
+        identity = hash_value(["initialiser", name, key])
+        return self.stages.laboratory.train_node(name, run, identity=identity)
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """All product texts known, as the arms read them."""
+        laboratory = self.stages.laboratory
+        names = [feature.name for feature in laboratory.settings.select(kind="text")]
+        table = laboratory.texts.table.select(names)
+        return serialise_table(table).to_pylist() if names else []
+
+    @property
+    def tokenizers(self) -> tuple[Tokenizer, Tokenizer]:
+        """The teacher's and the student's."""
+        laboratory = self.stages.laboratory
+        return open_tokenizer(laboratory.settings), laboratory.tokenizer
+
+    @property
+    def masked_teacher(self) -> Path | None:
+        """The teacher's encoder after masked-language training, if its folder keeps it."""
+        path = self.stages.laboratory.teacher.path / MASKED
+        return path if path.exists() else None
