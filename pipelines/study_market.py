@@ -32,6 +32,7 @@ from driftline.platform.settings import (
 from driftline.platform.study_parts import StrategyName
 from driftline.platform.study_settings import StudyCell, StudySettings
 from driftline.platform.workspace import Workspace
+from driftline.platform.yaml_text import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def cell_settings(
     """
     source = path.parent / study.market
     try:
-        raw = yaml.safe_load(source.read_text())
+        raw = read_yaml(source.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise SettingsError(f"study {path}: market {source} cannot be read ({error})") from error
     if not isinstance(raw, dict):

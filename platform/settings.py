@@ -66,6 +66,7 @@ from driftline.platform.strategy_settings import (
     DistilSettings,
 )
 from driftline.platform.training_settings import SelfTrainingSettings, StageSettings
+from driftline.platform.yaml_text import read_yaml
 
 __all__ = [
     "CONTRACT_NAMES",
@@ -209,7 +210,7 @@ def load_settings(path: Path, *, overrides: Sequence[str] = ()) -> DriftlineSett
         SettingsError: no such file, not YAML, an unknown key, or a value outside its range.
     """
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = read_yaml(path.read_text())
     except OSError as error:
         raise SettingsError(f"settings file {path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -244,7 +245,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     for key in keys[:-1]:
         node = _enter(node, key, path=path)
     try:
-        value = yaml.safe_load(text)
+        value = read_yaml(text)
     except yaml.YAMLError as error:
         raise SettingsError(f"--set {path}: value {text!r} is not YAML") from error
     if isinstance(node, list):

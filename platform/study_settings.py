@@ -37,6 +37,7 @@ from driftline.platform.study_parts import (
     StudyValue,
     StudyVariant,
 )
+from driftline.platform.yaml_text import read_yaml
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path in seen:
         raise SettingsError(f"study {path} extends itself, by way of {[str(p) for p in seen]}")
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = read_yaml(path.read_text())
     except OSError as error:
         raise SettingsError(f"study {path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -1,5 +1,6 @@
 """Settings: every preset loads; every mistake is named with its path."""
 
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import yaml
 
 from driftline.platform.errors import SettingsError
 from driftline.platform.settings import apply_override, load_settings, parse_settings
+from driftline.platform.yaml_text import read_yaml
 
 CONFIGS = sorted(  # studies have settings of their own, their markets have these
     path
@@ -96,3 +98,27 @@ def test_an_override_reaches_lists_and_new_sections() -> None:
     settings = parse_settings(raw, origin="test")
     assert settings.features[0].name == "headline"
     assert settings.gate.min_rows == 7
+
+
+@pytest.mark.parametrize("word", ["on", "off", "yes", "no", "On", "y", "n"])
+def test_a_word_is_a_word_and_only_true_and_false_are_booleans(word: str) -> None:
+    assert read_yaml(f"{{{word}: {word}}}") == {word: word}
+    assert read_yaml(yaml.safe_dump({word: word})) == {word: word}
+    assert read_yaml("[true, False, 1, 1.5, null, 2026-01-01]") == [
+        *(True, False, 1, 1.5, None, date(2026, 1, 1))
+    ]
+
+
+def test_settings_may_say_on_and_off(tmp_path: Path) -> None:
+    raw = yaml.safe_load(DEMO.read_text())
+    del raw["student"]["arms_refresh"]["distil"]
+    text = yaml.safe_dump(raw, sort_keys=False)
+    (tmp_path / "words.yaml").write_text(
+        text.replace("  arms_refresh:\n", "  arms_refresh:\n    distil: {on: id, autocast: off}\n")
+    )
+    overrides = ["student.arms_refresh.self_training.on=id", "teacher.mlm.sharding=off"]
+    settings = load_settings(tmp_path / "words.yaml", overrides=overrides)
+    distil = settings.student.arms_refresh.distil
+    assert distil is not None
+    assert (distil.on, distil.autocast) == ("id", "off")
+    assert settings.student.arms_refresh.self_training.on == "id"
