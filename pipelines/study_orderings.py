@@ -2,7 +2,8 @@
 
 *held*: the 95 % interval of every step lies on the claimed side. *reversed*: that of some step lies
 on the other side. *not shown*: neither, so this study is too small to tell; whether the means at
-least agree is said beside it. With forty claims one or two of these answers will be luck.
+least agree is said beside it. With forty claims one or two of these answers will be luck. One seed
+shows nothing but what does not depend on it: its interval knows the requests only.
 """
 
 from collections.abc import Iterator, Mapping
@@ -127,7 +128,8 @@ def _step(statement: str, sample: Sample | None, *, exact: bool = False) -> Step
     if sample is None:
         return Step(statement, Interval(np.nan, np.nan, np.nan), "not measured", 0)
     difference = estimate(sample, exact=exact).interval
-    return Step(statement, difference, _outcome(difference), len(sample))
+    outcome = _outcome(difference) if exact or len(sample) > 1 else "not shown"
+    return Step(statement, difference, outcome, len(sample))
 
 
 def _outcome(difference: Interval) -> Outcome:

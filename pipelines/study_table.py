@@ -214,9 +214,12 @@ def _reading(study: StudySettings) -> str:
     ]
     words = f"Δ % is relative to “{base}”" + (f" ({'; '.join(others)})" if others else "")
     seeds = f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}"
+    over = "seeds and test requests"
+    if len(study.seeds) == 1:
+        over = "test requests alone, so that no claim can be called held"
     return (
         f"{words}, whose own value stands in brackets; means over {seeds}, with 95 % intervals "
-        "over seeds and test requests."
+        f"over {over}."
     )
 
 

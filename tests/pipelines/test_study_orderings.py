@@ -160,6 +160,23 @@ def test_a_claim_is_held_reversed_or_not_shown(b: list[float], outcome: str, agr
     assert (verdict.outcome, verdict.agrees_in_mean) == (outcome, agrees)
 
 
+def test_one_seed_shows_no_claim_however_sure_its_requests_are() -> None:
+    study = make_study({"order": ["a", "b"]})
+    noise = np.random.default_rng(0).normal(0, 0.001, 50)
+
+    def verdict(num_seeds: int) -> tuple[str, bool]:
+        trials = (
+            Trial(name, seed, {"id_auc": value}, {"id_auc": value + noise})
+            for name, value in (("a", 0.6), ("b", 0.7))
+            for seed in range(num_seeds)
+        )
+        (found,) = judge_orderings(study, StudyResults(trials))
+        return found.outcome, found.agrees_in_mean
+
+    assert verdict(1) == ("not shown", True)
+    assert verdict(2) == ("held", True)
+
+
 def test_a_chain_holds_only_if_every_step_does_and_fails_if_one_is_reversed() -> None:
     study = make_study({"order": ["a", "b", "c"]})
     steady = {"a": [0.1, 0.1, 0.11], "b": [0.2, 0.2, 0.21]}
