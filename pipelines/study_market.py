@@ -56,7 +56,7 @@ def cell_settings(
     source = path.parent / study.market
     try:
         raw = read_yaml(source.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"study {path}: market {source} cannot be read ({error})") from error
     if not isinstance(raw, dict):
         raise SettingsError(f"study {path}: market {source} must hold a mapping, got {raw!r:.60}")

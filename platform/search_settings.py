@@ -22,7 +22,8 @@ from driftline.platform.strategy_settings import ArmsRefreshSettings
 from driftline.platform.training_settings import StageSettings
 
 Overrides = dict[str, Any]
-"""Part of ``student.arms_refresh``. Mappings are merged into it, everything else replaces."""
+"""Part of ``student.arms_refresh``. Mappings are merged into it, everything else replaces, and so
+does a mapping that says what it is by ``kind`` or ``preset``."""
 Options = Annotated[dict[str, Overrides], Field(min_length=1)]
 StageName = Literal["mlm", "supervised", "distil", "finetune", "self_training", "head"]
 
@@ -242,14 +243,17 @@ _DEFAULTS: Final[Overrides] = {
 
 
 def _merged(raw: Overrides, part: Mapping[str, Any], *, defaults: Overrides) -> Overrides:
-    """Mappings merge; one with a ``kind`` of its own, or any other value, replaces.
+    """Mappings merge; one with a ``kind`` or ``preset`` of its own, or any other value, replaces.
+
+    Merged into an objective that is written out, a preset would lose to each of its values.
 
     ``alpha`` and the two weights of an objective stand for each other, so one takes the other out.
     """
     merged = dict(raw)
     for name, value in part.items():
         before = raw.get(name) or defaults.get(name)
-        if isinstance(value, Mapping) and isinstance(before, Mapping) and "kind" not in value:
+        is_part = isinstance(value, Mapping) and not {"kind", "preset"} & value.keys()
+        if is_part and isinstance(before, Mapping):
             merged[name] = _merged(dict(before), value, defaults={})
         else:
             merged[name] = value

@@ -109,6 +109,21 @@ def test_a_word_is_a_word_and_only_true_and_false_are_booleans(word: str) -> Non
     ]
 
 
+def test_a_key_that_stands_twice_is_refused_and_not_half_lost(tmp_path: Path) -> None:
+    doubled = tmp_path / "doubled.yaml"
+    doubled.write_text(DEMO.read_text() + "\nstudent: {tie_arms: false}\n")
+    with pytest.raises(SettingsError, match=r"(?s)is not YAML: .*'student' stands twice"):
+        load_settings(doubled)
+    with pytest.raises(yaml.YAMLError, match="'a' stands twice"):
+        read_yaml("[{b: {a: 1, c: 2, a: 3}}]")
+    merged = "base: &base {a: 1, b: 2}\nown: {<<: *base, a: 3}\nother: {a: 4, '1': 5, 1: 6}"
+    assert read_yaml(merged) == {
+        "base": {"a": 1, "b": 2},
+        "own": {"a": 3, "b": 2},
+        "other": {"a": 4, "1": 5, 1: 6},
+    }
+
+
 def test_settings_may_say_on_and_off(tmp_path: Path) -> None:
     raw = yaml.safe_load(DEMO.read_text())
     del raw["student"]["arms_refresh"]["distil"]
