@@ -13,10 +13,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from driftline.platform.errors import BundleError
+from driftline.platform.errors import ArtefactError, BundleError
 
 DTYPES: Final = {"I64": "<i8", "I32": "<i4", "F32": "<f4", "F16": "<f2"}
 """Types of tensors that we map; others are weights, which ``safetensors`` loads."""
+REMOVE: Final = "it was cut short or altered: remove it, and the step that writes it writes it anew"
 
 
 @contextmanager
@@ -83,9 +84,17 @@ def write_json(destination: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(source: Path) -> dict[str, Any]:
-    """Read a JSON object."""
-    value = json.loads(source.read_text())
-    assert isinstance(value, dict), source
+    """Read a JSON object.
+
+    Raises:
+        ArtefactError: the file is no JSON, or holds another value.
+    """
+    try:
+        value = json.loads(source.read_text())
+    except ValueError as error:
+        raise ArtefactError(f"{source} is no JSON ({error}); {REMOVE}") from error
+    if not isinstance(value, dict):
+        raise ArtefactError(f"{source} must hold a JSON object, got {value!r:.40}; {REMOVE}")
     return value
 
 

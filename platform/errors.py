@@ -33,6 +33,10 @@ class BundleError(DriftlineError):
     """A bundle is incomplete, altered, or does not fit the cache, contract or code beside it."""
 
 
+class ArtefactError(DriftlineError, ValueError):
+    """A file that an earlier step wrote is cut short or altered; removed, it is written anew."""
+
+
 class ResourceError(DriftlineError):
     """The cluster cannot give what the settings ask for; without this check Ray waits forever."""
 

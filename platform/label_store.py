@@ -19,6 +19,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from driftline.platform.artefacts import whole_file
+from driftline.platform.errors import ArtefactError
 from driftline.platform.windows import format_time
 
 LABELS_SCHEMA: Final = pa.schema(
@@ -82,7 +83,11 @@ class LabelStore:
             yield
 
     def refresh(self) -> None:
-        """Read the hours that are new or were changed by another process."""
+        """Read the hours that are new or were changed by another process.
+
+        Raises:
+            ArtefactError: a file is damaged.
+        """
         stamps = {}
         if self.folder.exists():
             with os.scandir(self.folder) as entries:
@@ -90,7 +95,13 @@ class LabelStore:
         changed = sorted(name for name, stamp in stamps.items() if self._seen.get(name) != stamp)
         if changed:
             paths = [str(self.folder / name) for name in changed]
-            table = ds.dataset(paths, schema=LABELS_SCHEMA).to_table()
+            try:
+                table = ds.dataset(paths, schema=LABELS_SCHEMA).to_table()
+            except (pa.ArrowInvalid, OSError) as error:
+                raise ArtefactError(
+                    f"soft labels {self.folder} cannot be read ({error}); remove the damaged file, "
+                    "and the teacher is asked again about its rows"
+                ) from error
             self._index.add(table["input_hash"].to_numpy(), _logits_of(table))
             self._seen |= {name: stamps[name] for name in changed}
 

@@ -16,6 +16,7 @@ from driftline.platform.artefacts import (
     whole_file,
     write_json,
 )
+from driftline.platform.errors import ArtefactError
 
 
 def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
@@ -92,3 +93,10 @@ def test_a_linked_file_has_the_same_bytes(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"123")
     link_or_copy(tmp_path / "a", tmp_path / "deep" / "b")
     assert (tmp_path / "deep" / "b").read_bytes() == b"123"
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"a": 1', "[]", "null"])
+def test_a_damaged_file_is_named_with_what_to_do(tmp_path: Path, content: str) -> None:
+    (tmp_path / "state.json").write_text(content)
+    with pytest.raises(ArtefactError, match=r"state\.json (is no|must hold a) JSON .*remove it"):
+        read_json(tmp_path / "state.json")

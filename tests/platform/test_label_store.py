@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from driftline.platform.errors import ArtefactError
 from driftline.platform.label_store import HashIndex, LabelStore
 
 Batch = list[tuple[int, float]]
@@ -67,3 +68,19 @@ def test_a_changed_hour_is_read_again(tmp_path: Path) -> None:
         mine.add(1, *columns([(2, 2.0)]))
     other.refresh()
     assert other.find(np.array([2, 1]))[:, 0].tolist() == [2.0, 1.0]
+
+
+@pytest.mark.parametrize("kept", [0, 40])
+def test_a_damaged_hour_is_named_and_can_be_removed(tmp_path: Path, kept: int) -> None:
+    store = LabelStore(tmp_path)
+    with store.exclusive():
+        for hour in (490_000, 490_001):
+            store.add(hour, np.array([hour]), np.zeros((1, 2), np.float32))
+    (first, _) = sorted(tmp_path.glob("*.parquet"))
+    first.write_bytes(first.read_bytes()[:kept])
+    with pytest.raises(ArtefactError, match=rf"(?s){first.name}.*remove the damaged file"):
+        LabelStore(tmp_path).refresh()
+    first.unlink()
+    again = LabelStore(tmp_path)
+    again.refresh()
+    assert np.isnan(again.find(np.array([490_000, 490_001]))).all(axis=1).tolist() == [True, False]
