@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from driftline.serving.holder import LiveBundle
 from driftline.serving.requests import RefusedRequestError, ScoreRequest
+from driftline.serving.routes import Arm, LiveBundle
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,18 @@ class Answer:
     """The served feature values, a frame's columns; put together when first asked for."""
     stages: Mapping[str, float]
     """Seconds by stage: ``parse``, ``features``, ``fuse``."""
+    features_as_of: datetime | None = None
+    """Moment up to which the feature snapshot was known to be complete."""
+
+    @property
+    def arm(self) -> Arm:
+        """The arm of an A/B test that the request belongs to; ``champion`` without a test."""
+        return self.live.arm
+
+    @property
+    def experiment(self) -> str | None:
+        """Names the A/B test that runs, and its share; ``None`` without one."""
+        return self.live.experiment
 
 
 class Observer(Protocol):

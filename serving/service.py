@@ -6,8 +6,10 @@ are taken once, at its beginning.
 
 import gc
 import logging
+import math
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -18,20 +20,24 @@ from numpy.typing import NDArray
 from driftline.features.online import OnlineFeatures, OnlineRead
 from driftline.platform.bundle import Bundle
 from driftline.platform.columns import TEXT_ID_COLUMNS
-from driftline.platform.errors import DriftlineError
+from driftline.platform.errors import BundleError, DriftlineError
 from driftline.platform.settings import DriftlineSettings
+from driftline.platform.traffic import BundleRef
 from driftline.platform.windows import format_time
 from driftline.platform.workspace import Workspace
 from driftline.serving.answers import Answer, Observer
 from driftline.serving.client import settings_identity
-from driftline.serving.holder import ChampionHolder, LiveBundle
+from driftline.serving.holder import UNUSABLE, RouteHolder
 from driftline.serving.prepared import PreparedBundle, Scored
 from driftline.serving.requests import Key, RefusedRequestError, ScoreRequest, refuse
+from driftline.serving.routes import LiveBundle, Routes
 from driftline.serving.wire import JsonForm, WireForm
 
 logger = logging.getLogger(__name__)
 
 WARM_UP_ADS: Final = 100
+NUM_RECENT: Final = 64
+"""Answered requests that are remembered, to be replayed by a bundle before it goes live."""
 PAGE, AD = range(len(TEXT_ID_COLUMNS))
 
 
@@ -58,7 +64,11 @@ class BundleService:
         self._replica = replica
         self._observers = tuple(observers)
         self._features = OnlineFeatures.open(settings)
-        self._holder = ChampionHolder(Workspace.of(settings).bundles, prepare=self._prepare)
+        self._holder = RouteHolder(
+            Workspace.of(settings).bundles, prepare=self._prepare, warm_up=self._warm_up
+        )
+        self._recent: deque[ScoreRequest] = deque(maxlen=NUM_RECENT)
+        self._froze = False
         self._started_at = datetime.now(UTC)
         self._num_answers = 0
         self._num_refused = 0
@@ -97,25 +107,44 @@ class BundleService:
             self._feature_error = str(error)
         if self._holder.look():
             gc.collect()
-            gc.freeze()  # what lives now lives long: the collector need not walk it again
-        live = self._holder.live
-        if live is not None and live.prepared.encoder is not None:
-            live.prepared.encoder.refresh()
+            if not self._froze:  # what lives now lives long: the collector need not walk it again
+                gc.freeze()  # but later bundles come and go, and what they leave must be found
+                self._froze = True
+        for live in self._holder.routes.all():
+            if live.prepared.encoder is not None:
+                live.prepared.encoder.refresh()
 
     def _follow(self) -> None:
         while not self._stop.wait(self._settings.serving.poll_seconds):
             self.look()
 
+    def try_out(self, ref: BundleRef) -> LiveBundle:
+        """Open, verify, prepare and warm up a bundle without making it live.
+
+        Raises:
+            BundleError: it cannot be used; the message says why.
+        """
+        try:
+            return self._holder.load(ref)
+        except UNUSABLE as error:
+            raise BundleError(
+                f"version {ref.version} ({ref.fingerprint}) cannot be served: {error}"
+            ) from error
+
     def _prepare(self, bundle: Bundle) -> PreparedBundle:
-        prepared = PreparedBundle.of(bundle, self._settings)
-        key: Key = 0 if bundle.contract["key_type"] == "int64" else "-"
-        context = dict.fromkeys(bundle.contract["context"])
-        request = ScoreRequest(page=key, ads=(key,) * WARM_UP_ADS, context=context)
-        _, read = self._read(request)
-        scored = prepared.score(read.columns)
-        if not np.isfinite(scored.probabilities).all():
-            raise ValueError(f"bundle {bundle.fingerprint} answers {scored.probabilities[0]}")
-        return prepared
+        return PreparedBundle.of(bundle, self._settings)
+
+    def _warm_up(self, live: LiveBundle) -> None:
+        """Score the newest good requests once more, or a made-up one before there are any."""
+        contract = live.prepared.bundle.contract
+        key: Key = 0 if contract["key_type"] == "int64" else "-"
+        context = dict.fromkeys(contract["context"])
+        made_up = ScoreRequest(page=key, ads=(key,) * WARM_UP_ADS, context=context)
+        for request in (made_up, *tuple(self._recent)):
+            answer = self._answer(live, request, parse_seconds=0.0)
+            if not _is_number(answer):
+                raise ValueError(f"bundle {live.fingerprint} answers {answer.probabilities}")
+            time.sleep(0)  # let go of the interpreter: requests come first
 
     # --- answering ------------------------------------------------------------------------
 
@@ -123,6 +152,11 @@ class BundleService:
     def ready(self) -> bool:
         """Whether there is a bundle to score with."""
         return self._holder.live is not None
+
+    @property
+    def routes(self) -> Routes:
+        """The bundles that are live now."""
+        return self._holder.routes
 
     @property
     def contract(self) -> Mapping[str, Any] | None:
@@ -133,14 +167,18 @@ class BundleService:
     def answer(self, body: bytes, form: WireForm) -> Answer:
         """Parse and score one request.
 
+        Where the canary fails, the champion answers.
+
         Raises:
             RefusedRequestError: the request breaks the contract, or there is no champion yet.
         """
         started = time.perf_counter()
         try:
-            live = self._live()
-            request = form.read(body, live.prepared.parser)
-            return self._answer(live, request, parse_seconds=time.perf_counter() - started)
+            routes = self._routes()
+            request = form.read(body, routes.parser)
+            answer = self._route(routes, request, parse_seconds=time.perf_counter() - started)
+            self._recent.append(request)
+            return answer
         except RefusedRequestError as error:
             self._num_refused += 1
             for observer in self._observers:
@@ -160,16 +198,32 @@ class BundleService:
         self.sent(answer)
         return form.write(answer)
 
-    def _live(self) -> LiveBundle:
-        live = self._holder.live
-        if live is None:
+    def _routes(self) -> Routes:
+        routes = self._holder.routes
+        if routes.champion is None:
             raise refuse(
                 f"{self._settings.name} has no champion yet",
                 status=503,
                 code="no_champion",
                 hint="`driftline refresh arms CONFIG` trains and promotes one; see /v1/status",
             )
-        return live
+        return routes
+
+    def _route(self, routes: Routes, request: ScoreRequest, *, parse_seconds: float) -> Answer:
+        """Choose a bundle and score; where the canary cannot, its stand-in does."""
+        live = routes.choose(request)
+        if live is routes.canary:
+            try:
+                answer = self._answer(live, request, parse_seconds=parse_seconds)
+                if _is_number(answer):
+                    return answer
+            except RefusedRequestError:
+                raise
+            except UNUSABLE:
+                logger.debug("the canary failed", exc_info=True)
+            assert routes.stand_in is not None
+            live = routes.stand_in
+        return self._answer(live, request, parse_seconds=parse_seconds)
 
     def _answer(self, live: LiveBundle, request: ScoreRequest, *, parse_seconds: float) -> Answer:
         started = time.perf_counter()
@@ -267,6 +321,11 @@ def _reasons(
         else:
             reasons[index] = "encoded_text" if encoded[index] else "neutral_text"
     return reasons
+
+
+def _is_number(answer: Answer) -> bool:
+    """Whether every probability is one."""
+    return math.isfinite(float(answer.probabilities.sum()))
 
 
 def _time(moment: datetime | None) -> str | None:
