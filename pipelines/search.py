@@ -13,21 +13,15 @@ from typing import Any, Final
 import yaml
 
 from driftline.pipelines.market_moment import default_moment
+from driftline.pipelines.search_place import OWN, SETTINGS, Place, Trial, tried_strategies
 from driftline.pipelines.search_table import (
     SearchTable,
     make_table,
     table_json,
     table_markdown,
 )
-from driftline.pipelines.search_trials import (
-    SETTINGS,
-    Place,
-    Trial,
-    run_trials,
-    run_tuning,
-    trial_resources,
-)
-from driftline.pipelines.strategy import prepare_strategy, train_strategy
+from driftline.pipelines.search_tune import run_trials, run_tuning, trial_resources
+from driftline.pipelines.strategy import check_strategy, prepare_strategy, train_strategy
 from driftline.pipelines.strategy_measures import TestSets, measure_teacher
 from driftline.pipelines.strategy_names import strategy_of
 from driftline.platform.artefacts import read_json, whole_file, write_json
@@ -42,7 +36,6 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 
 BASELINE: Final = "MLP baseline"
-OWN: Final = "settings"
 PLAN, TABLE, FIGURES, WINNER = "plan.json", "table.md", "search.json", "winner.yaml"
 Combination = tuple[str, str, str]
 
@@ -80,11 +73,7 @@ def run_search(
     _check(search, base)
     trial_resources(settings)
     place = _begin(settings, search, resume=resume)
-    for seed in search.seeds:
-        laboratory = place.open(seed=seed)
-        laboratory.progress = progress
-        for strategy in _strategies(search, base):
-            prepare_strategy(laboratory, strategy)
+    _prepare(place, search, progress=progress)
     finder = _Search(place, search, base, resume=resume, progress=progress)
     trials = finder.run()
     reference = [place.finished(_baseline(base, seed)) for seed in search.seeds]
@@ -125,11 +114,26 @@ def _begin(settings: DriftlineSettings, search: SearchSettings, *, resume: bool)
     return place
 
 
-def _strategies(search: SearchSettings, base: ArmsRefreshSettings) -> list[ArmsRefreshSettings]:
-    """All that the search may begin with, for what they need before training."""
-    if search.method == "optuna":
-        return [base]
-    return [search.strategy(combination, base) for combination in search.combinations()]
+def _prepare(place: Place, search: SearchSettings, *, progress: Progress | None) -> None:
+    """Check every strategy, then label the rows of all, before the first one is trained.
+
+    Those with matches go first: the rows that they share with others are then paid once, with the
+    tensors that the matches need.
+    """
+    strategies = tried_strategies(place.settings)
+    first = place.open(seed=search.seeds[0])
+    for name, strategy in strategies.items():
+        try:
+            check_strategy(first, strategy)
+        except ValueError as error:
+            raise SettingsError(f"strategy {name}: {error}") from error
+    for has_matches in (True, False):
+        for seed in search.seeds:
+            laboratory = place.open(seed=seed)
+            laboratory.progress = progress
+            for strategy in strategies.values():
+                if bool(strategy.objective.matches) == has_matches:
+                    prepare_strategy(laboratory, strategy)
 
 
 def _baseline(base: ArmsRefreshSettings, seed: int) -> Trial:

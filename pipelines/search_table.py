@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from driftline.pipelines.search_trials import RESULTS
+from driftline.pipelines.search_place import RESULTS
 from driftline.pipelines.strategy_measures import TestSets
 from driftline.pipelines.study_statistics import Estimate, Sample, combine, estimate
 from driftline.platform.bootstrap import ClusterBootstrap, json_number

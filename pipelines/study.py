@@ -7,6 +7,7 @@ unfinished ones had trained lies in the market's laboratory.
 import logging
 import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,8 +23,9 @@ from driftline.pipelines.study_market import (
 from driftline.pipelines.study_plot import draw_study
 from driftline.pipelines.study_results import StudyResults, Trial, TrialFolder
 from driftline.pipelines.study_table import StudyTable, markdown
-from driftline.pipelines.study_trial import TrialJob, prepare_trial, run_trial
+from driftline.pipelines.study_trial import TrialJob, prepare_trial, run_trial, trial_keys
 from driftline.platform.artefacts import whole_file, write_json
+from driftline.platform.distillation.keys import FeatureKey
 from driftline.platform.errors import DriftlineError, SettingsError
 from driftline.platform.settings import Feature
 from driftline.platform.study_settings import StudySettings, load_study
@@ -158,14 +160,41 @@ def _prepared(planned: Sequence[_Planned], *, progress_bar: ProgressBar) -> list
                 markets[name] = prepare_market(settings, progress_bar=progress_bar).features
             settings = settings.model_copy(update={"features": markets[name]})
         ready.append(replace(each, job=replace(each.job, settings=settings)))
+    ready = _matching_first(ready)
     with progress_bar("rows and soft labels") as progress:
         for number, each in enumerate(ready):
-            try:
+            with _naming(each.job):
                 prepare_trial(each.job)
-            except ValueError as error:
-                raise SettingsError(f"variant {each.job.cell!r}: {error}") from error
             progress(number + 1, len(ready))
     return ready
+
+
+def _matching_first(planned: Sequence[_Planned]) -> list[_Planned]:
+    """Trials that match inner features first; all know what the others of their market need.
+
+    So one pass of the teacher serves all.
+    """
+    wanted: dict[tuple[Path, str | None], set[FeatureKey]] = {}
+    own = []
+    for each in planned:
+        with _naming(each.job):
+            own.append(trial_keys(each.job))
+        market = (each.job.settings.workspace, each.job.teacher)
+        wanted.setdefault(market, set()).update(own[-1])
+    found = []
+    for each, keys in sorted(zip(planned, own, strict=True), key=lambda pair: not pair[1]):
+        shared = wanted[each.job.settings.workspace, each.job.teacher] if keys else ()
+        found.append(replace(each, job=replace(each.job, keys=tuple(sorted(shared, key=str)))))
+    return found
+
+
+@contextmanager
+def _naming(job: TrialJob) -> Iterator[None]:
+    """What is wrong with a trial is said with its variant."""
+    try:
+        yield
+    except ValueError as error:
+        raise SettingsError(f"variant {job.cell!r}: {error}") from error
 
 
 def _run(planned: Sequence[_Planned], *, at_once: int) -> Iterator[tuple[_Planned, Trial]]:

@@ -10,12 +10,15 @@ from driftline.pipelines.laboratory_nodes import Node
 from driftline.pipelines.market_moment import default_moment
 from driftline.pipelines.provenance import NOT_MODEL_SETTINGS
 from driftline.pipelines.strategy import prepare_strategy, train_strategy
+from driftline.pipelines.strategy_matches import match_keys
 from driftline.pipelines.strategy_measures import measure_student, measure_teacher
+from driftline.pipelines.student_forms import student_form
 from driftline.pipelines.study_resamples import Luck, StudyTests
 from driftline.pipelines.study_results import Trial
 from driftline.pipelines.study_sizes import measure_size
 from driftline.pipelines.training_sets import newest
 from driftline.platform.artefacts import hash_value
+from driftline.platform.distillation.keys import FeatureKey
 from driftline.platform.settings import DistilSettings, DriftlineSettings, parse_settings
 from driftline.platform.stages import StageResult
 from driftline.platform.study_parts import Form
@@ -39,22 +42,27 @@ class TrialJob:
     settings: DriftlineSettings
     test_hours: float
     num_bootstrap: int
+    keys: tuple[FeatureKey, ...] = ()
+    """Inner tensors that the teacher keeps for all trials of the market."""
 
     @property
     def key(self) -> str:
         """Changes whenever the trial would give other numbers."""
         settings = self.settings.model_dump(mode="json", exclude=set(NOT_MODEL_SETTINGS))
-        return hash_value([FORMAT, self.to_json() | {"settings": settings}])[:16]
+        deciding = {name: value for name, value in self.to_json().items() if name != "keys"}
+        return hash_value([FORMAT, deciding | {"settings": settings}])[:16]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; inverse of ``from_json``."""
-        return vars(self) | {"settings": self.settings.model_dump(mode="json")}
+        keys = [[key.kind, key.place] for key in self.keys]
+        return vars(self) | {"settings": self.settings.model_dump(mode="json"), "keys": keys}
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "TrialJob":
         """Read what ``to_json`` gave."""
         settings = parse_settings(raw["settings"], origin=f"trial {raw['cell']}")
-        return cls(**{**raw, "settings": settings})
+        keys = tuple(FeatureKey(kind, place) for kind, place in raw["keys"])
+        return cls(**{**raw, "settings": settings, "keys": keys})
 
 
 def laboratory_of(job: TrialJob) -> Laboratory:
@@ -70,7 +78,20 @@ def laboratory_of(job: TrialJob) -> Laboratory:
     )
     if job.teacher is not None:
         laboratory.store = SoftLabels.open(settings, teacher=job.teacher)
+    laboratory.keep(job.keys)
     return laboratory
+
+
+def trial_keys(job: TrialJob) -> tuple[FeatureKey, ...]:
+    """Inner tensors of the teacher that the matches of a trial compare with; none without matches.
+
+    Raises:
+        SettingsError: a match is impossible; nothing was labelled or trained then.
+    """
+    strategy = job.settings.student.arms_refresh
+    if job.form == "teacher" or job.form == "encoder" or not strategy.objective.matches:
+        return ()
+    return match_keys(student_form(job.form, laboratory_of(job)), strategy)
 
 
 def prepare_trial(job: TrialJob) -> None:

@@ -4,6 +4,8 @@ Rows stand in order of event time, oldest first. Shape suffixes: N rows, C categ
 F numeric inputs, P tokens of all rows, H vector width.
 """
 
+import hashlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +24,7 @@ Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
 TOKENS = pa.large_list(pa.int32())
+TEACHER_ROWS = "teacher_rows"
 
 
 @dataclass(frozen=True)
@@ -221,25 +224,58 @@ def open_texts(path: Path) -> Texts:
     return Texts(text_id=file.flat("text_id", pa.int64()), tokens=file.ragged("tokens"))
 
 
+def hash_examples(path: Path) -> str:
+    """Hash of the content of an example file, but for its rows of the teacher's features.
+
+    The same tensors have other rows in another store; see ``TeacherFeatures.fingerprint``.
+
+    Raises:
+        ContractError: not such a file.
+    """
+    table = _MappedFile(path).table
+    if TEACHER_ROWS in table.column_names:
+        table = table.drop_columns([TEACHER_ROWS])
+    digest = _Digest()
+    with pa.PythonFile(digest, "w") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return digest.hash.hexdigest()
+
+
+class _Digest(io.RawIOBase):
+    """Hashes what is written to it."""
+
+    def __init__(self) -> None:
+        self.hash = hashlib.sha256()
+
+    def writable(self) -> bool:
+        """It is."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Count in some bytes."""
+        self.hash.update(data)
+        return len(data)
+
+
 class _MappedFile:
     """Columns of a mapped Arrow file as NumPy views; several record batches are joined (copied)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         except (OSError, pa.ArrowInvalid) as error:
             raise ContractError(f"examples {path} cannot be read as Arrow IPC: {error}") from error
 
     def __contains__(self, name: str) -> bool:
-        return name in self._table.column_names
+        return name in self.table.column_names
 
     def flat(self, name: str, kind: pa.DataType) -> NDArray[Any]:
         column = self._column(name, (kind,))
         return column.to_numpy(zero_copy_only=column.null_count == 0)
 
     def fixed(self, name: str, kind: pa.DataType) -> NDArray[Any]:
-        width = getattr(self._table.schema.field(name).type, "list_size", 0) if name in self else 0
+        width = getattr(self.table.schema.field(name).type, "list_size", 0) if name in self else 0
         column = self._column(name, (pa.list_(kind, width),))
         return column.flatten().to_numpy().reshape(len(column), width)
 
@@ -251,14 +287,14 @@ class _MappedFile:
     def _column(self, name: str, kinds: Sequence[pa.DataType]) -> pa.Array:
         if name not in self:
             raise ContractError(
-                f"examples {self.path}: column {name!r} is missing, got {self._table.column_names}"
+                f"examples {self.path}: column {name!r} is missing, got {self.table.column_names}"
             )
-        found = self._table.schema.field(name).type
+        found = self.table.schema.field(name).type
         if found not in kinds:
             raise ContractError(
                 f"examples {self.path}: column {name!r} must be {kinds[0]}, got {found}"
             )
-        chunks = self._table[name].chunks
+        chunks = self.table[name].chunks
         column = (
             chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks or [pa.array([], found)])
         )

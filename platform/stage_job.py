@@ -8,6 +8,7 @@ from typing import Any, Final, Literal
 import torch
 
 from driftline.platform.artefacts import hash_file, hash_value
+from driftline.platform.examples import hash_examples
 from driftline.platform.inputs import ClickInputs, open_inputs
 from driftline.platform.models.spec import ModelSpec, parse_spec
 from driftline.platform.multi_task import TaskExamples, check_tasks
@@ -140,14 +141,18 @@ class StageJob:
         Raises:
             ContractError: the examples or the teacher's features cannot be read.
         """
-        files = (self.examples, self.validation, self.texts, self.vectors, *self.initial)
+        examples = hash_file if self.features is None else hash_examples
+        files = [
+            *((examples, path) for path in (self.examples, self.validation)),
+            *((hash_file, path) for path in (self.texts, self.vectors, *self.initial)),
+        ]
         return hash_value(
             {
                 "format": FORMAT,
                 "torch": torch.__version__,
                 "model": self.model.model_dump(mode="json"),
                 "task": self.task,
-                "files": [hash_file(path) if path is not None else None for path in files],
+                "files": [path and hash_of(path) for hash_of, path in files],
                 "objective": self.objective and self.objective.model_dump(mode="json"),
                 "stage": self.stage.model_dump(mode="json"),
                 "stop_on": self.stop_on,

@@ -102,7 +102,9 @@ class TeacherMemory:
 
     @cached_property
     def features(self) -> TeacherFeatures | None:
-        """Its inner tensors; a store that holds more than the wanted ones will do.
+        """Its inner tensors; the oldest store that holds at least the wanted ones.
+
+        So the choice stays the same when stores for other tensors come beside it.
 
         Raises:
             ValueError: the teacher has no such tensor.
@@ -111,7 +113,8 @@ class TeacherMemory:
         if not self.keys:
             return None
         root, dtype = self.folder / "features", self.limits.dtype
-        for manifest in sorted(root.glob(f"{dtype}-*/{MANIFEST}")):
+        manifests = root.glob(f"{dtype}-*/{MANIFEST}")
+        for manifest in sorted(manifests, key=lambda path: (path.stat().st_mtime_ns, path)):
             found = TeacherFeatures.open(manifest.parent, teacher=self.teacher, dtype=dtype)
             if set(self.keys) <= set(found.keys):
                 return found
