@@ -77,6 +77,8 @@ class OnlineRead:
     """The page is in no view of products."""
     unknown_ads: NDArray[np.bool_]
     """The same for each ad. ``[B]``."""
+    as_of: datetime | None = None
+    """Moment up to which the store was known to be complete."""
 
     @cached_property
     def columns(self) -> Columns:
@@ -200,6 +202,7 @@ class OnlineFeatures:
             tiers=ages.by_tier(),
             unknown_page=bool(unknown[0]),
             unknown_ads=unknown[1:],
+            as_of=version.as_of,
         )
 
     def status(self, *, now: datetime) -> dict[str, Any]:

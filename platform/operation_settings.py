@@ -12,6 +12,11 @@ from pydantic import (
 )
 
 from driftline.platform.data_settings import Settings
+from driftline.platform.observation_settings import (
+    DecisionLogSettings,
+    MetricsSettings,
+    SlowRequestSettings,
+)
 
 
 class GateSettings(Settings):
@@ -55,6 +60,18 @@ class ServingSettings(Settings):
     Serve's throughput flags; ``proxy`` is Ray Serve's own Python proxy, slower but everywhere."""
     max_request_bytes: PositiveInt = 1_000_000
     """A larger body is refused unread (HTTP 413)."""
+    max_waiting: PositiveInt = 200
+    """Requests that may wait for their turn in one replica; one more is answered 503 with
+    ``Retry-After`` at once. At a millisecond each, 200 wait a fifth of a second."""
+    read_timeout_seconds: PositiveFloat = 5.0
+    """How long a client may take to send its body; then 408."""
+    request_timeout_seconds: PositiveFloat = 1.0
+    """A request that has waited so long since it arrived is answered 503 instead of scored."""
+    grpc_port: Annotated[int, Field(gt=0, lt=65536)] | None = None
+    """Also answer gRPC (``serving/scoring.proto``) at this port; not when left out."""
+    decision_log: DecisionLogSettings = DecisionLogSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    slow_requests: SlowRequestSettings = SlowRequestSettings()
 
 
 class CadenceSettings(Settings):

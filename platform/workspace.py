@@ -98,6 +98,11 @@ class Workspace:
         return self.root / "mlflow.db"
 
     @property
+    def decisions(self) -> Path:
+        """What was answered: ``YYYY-MM-DDTHH/REPLICA-NUMBER.parquet``, by hour of event time."""
+        return self.root / "decisions"
+
+    @property
     def reports(self) -> Path:
         """Gate pages, the replay report, pictures, JSON."""
         return self.root / "reports"
