@@ -125,6 +125,11 @@ class FusedHead:
             for column in range(places_BC.shape[1]):
                 states += self.categories[places_BC[:, column]]
         states += self.bias
+        return self.finish(states)
+
+    def finish(self, states_BV: Float32) -> Float32:
+        """From the output of the first layer, which is overwritten, to logits. ``[B, 2]``."""
+        states = states_BV
         for weight_WX, bias_X in self.further:
             np.maximum(states, 0, out=states)
             states = states @ weight_WX

@@ -47,6 +47,10 @@ class CategoryVocabulary:
         known = self._numbers
         return np.fromiter((known.get(value, 0) for value in values), np.int32, len(values))
 
+    def number(self, value: object) -> int:
+        """The same for one value."""
+        return self._numbers.get(value, 0)  # type: ignore[call-overload]
+
     @cached_property
     def _value_set(self) -> pa.Array:
         return pa.array(self.values, pa.string())
@@ -175,10 +179,22 @@ class TabularEncoder:
         raw_NB = np.empty((len(self.numbers), num_rows))
         for index, number in enumerate(self.numbers):
             raw_NB[index] = _to_float(columns[number.column])
-        return categories_BC, self._normalise(raw_NB)
+        return categories_BC, self.normalise(raw_NB)
 
-    def _normalise(self, raw_NB: NDArray[np.float64]) -> NDArray[np.float32]:
-        """Values, missing flags and pieces. ``[B, F]``."""
+    def selected(self, columns: Sequence[str]) -> tuple["TabularEncoder", NDArray[np.int64]]:
+        """An encoder of some numeric columns alone, and which of the F inputs are theirs."""
+        places = {number.column: place for place, number in enumerate(self.numbers)}
+        chosen = [places[column] for column in columns]
+        num, starts = len(self.numbers), [2 * len(self.numbers)]
+        for number in self.numbers:
+            starts.append(starts[-1] + number.num_pieces)
+        inputs = [*chosen, *(num + place for place in chosen)]
+        for place in chosen:
+            inputs += range(starts[place], starts[place + 1])
+        return TabularEncoder((), tuple(self.numbers[i] for i in chosen)), np.array(inputs, int)
+
+    def normalise(self, raw_NB: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Values, missing flags and pieces of every numeric column. ``[N, B]`` to ``[B, F]``."""
         num, num_rows = raw_NB.shape
         numbers_BF = np.empty((num_rows, self.num_numbers), np.float32)
         missing_NB = np.isnan(raw_NB)

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from enum import IntEnum
+from typing import Any, Final, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from driftline.features.online import OnlineRead
 from driftline.features.views import feature_views
 from driftline.platform.bundle import Bundle, VectorCache
 from driftline.platform.columns import TEXT_ID_COLUMNS, head_columns
@@ -14,6 +16,7 @@ from driftline.platform.errors import BundleError
 from driftline.platform.scorer import Scorer
 from driftline.platform.settings import DriftlineSettings
 from driftline.serving.arms import ArmsEncoder
+from driftline.serving.request_scorer import RequestScorer
 from driftline.serving.requests import ContextFeature, KeyType, RequestParser
 
 
@@ -24,6 +27,7 @@ class PreparedBundle:
     bundle: Bundle
     scorer: Scorer
     parser: RequestParser
+    requests: RequestScorer
     encoder: ArmsEncoder | None
     """Encodes texts that the bundle's cache lacks; only with ``unknown_product: encode``."""
 
@@ -41,41 +45,76 @@ class PreparedBundle:
             bundle=bundle,
             scorer=scorer,
             parser=request_parser(bundle.contract, settings),
+            requests=RequestScorer(scorer),
             encoder=ArmsEncoder.of(bundle, settings) if encodes else None,
         )
 
-    def score(self, columns: Mapping[str, Any]) -> "Scored":
-        """Probabilities of rows, and which texts had no vector in the cache.
+    def score(self, read: OnlineRead) -> "Scored":
+        """Probabilities of a request's ads, and which texts had no vector in the cache."""
+        found = self.requests.score(read)
+        if self.encoder is not None and (found.page_uncached or found.ads_uncached.any()):
+            return self._score_encoding(read, self.encoder)
+        return Scored(
+            probabilities=found.probabilities,
+            page=Text.NEUTRAL if found.page_uncached else Text.USUAL,
+            ads=dict.fromkeys(np.flatnonzero(found.ads_uncached).tolist(), Text.NEUTRAL),
+        )
 
-        Args:
-            columns: Frame columns as ``Scorer.score`` takes them, text ids as NumPy arrays in
-                which 0 stands for no text.
-        """
+    def _score_encoding(self, read: OnlineRead, encoder: ArmsEncoder) -> "Scored":
+        """The slow way: run the arms for texts that the cache lacks and the catalogue has."""
+        columns = read.columns
         page, ad = (np.asarray(columns[name]) for name in TEXT_ID_COLUMNS)
-        rows_B2 = self.scorer.text_rows(columns)
-        uncached = (rows_B2 < 0) & (np.column_stack([page, ad]) > 0)
-        scorer, encoded = self.scorer, np.zeros_like(uncached)
-        if self.encoder is not None and uncached.any():
-            wanted = np.unique(np.concatenate([page[uncached[:, 0]], ad[uncached[:, 1]]]))
-            fresh = self.encoder.encode(wanted)
-            if fresh is not None:
-                few = _only(scorer.vectors, page, ad).merged(fresh)
-                scorer = replace(scorer, vectors=few, published=None)
-                encoded = uncached & (scorer.text_rows(columns) >= 0)
+        scorer = self.scorer
+        uncached_B2 = (scorer.text_rows(columns) < 0) & (np.column_stack([page, ad]) > 0)
+        encoded_B2 = np.zeros_like(uncached_B2)
+        wanted = np.unique(np.concatenate([page[uncached_B2[:, 0]], ad[uncached_B2[:, 1]]]))
+        fresh = encoder.encode(wanted)
+        if fresh is not None:
+            few = _only(scorer.vectors, page, ad).merged(fresh)
+            scorer = replace(scorer, vectors=few, published=None)
+            encoded_B2 = uncached_B2 & (scorer.text_rows(columns) >= 0)
+        kinds = np.where(encoded_B2, Text.ENCODED, np.where(uncached_B2, Text.NEUTRAL, Text.USUAL))
         return Scored(
             probabilities=scorer.score(columns),
-            encoded=encoded,
-            neutral=uncached & ~encoded,
+            page=Text(kinds[0, 0]) if len(kinds) else Text.USUAL,
+            ads={i: Text(kinds[i, 1]) for i in np.flatnonzero(kinds[:, 1]).tolist()},
         )
+
+
+class Text(IntEnum):
+    """Where the vector of a product's text came from."""
+
+    USUAL = 0
+    """From the cache, or the product has no text."""
+    NEUTRAL = 1
+    """Not cached: the learned neutral vector was taken."""
+    ENCODED = 2
+    """Not cached: the arms were run."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Probabilities ``[B]``; whose text, page's and ad's, was encoded or replaced ``[B, 2]``."""
+    """Probabilities ``[B]``, and the texts, the page's and by place the ads', that were not usual."""
 
     probabilities: NDArray[np.float64]
-    encoded: NDArray[np.bool_]
-    neutral: NDArray[np.bool_]
+    page: Text
+    ads: Mapping[int, Text]
+
+    def fallbacks(self, read: OnlineRead) -> tuple[str | None, Mapping[int, str]]:
+        """Why the page, and which ads by place, were not scored as usual.
+
+        ``unknown_product``: in no table, all its features are missing and its vector is neutral.
+        ``neutral_text`` and ``encoded_text``: see :class:`Text`.
+        """
+        page = "unknown_product" if read.unknown_page else _REASONS.get(self.page)
+        ads = {place: _REASONS[text] for place, text in self.ads.items()}
+        if read.unknown_ads.any():
+            unknown = np.flatnonzero(read.unknown_ads).tolist()
+            ads = dict(sorted((ads | dict.fromkeys(unknown, "unknown_product")).items()))
+        return page, ads
+
+
+_REASONS: Final = {Text.NEUTRAL: "neutral_text", Text.ENCODED: "encoded_text"}
 
 
 def request_parser(contract: Mapping[str, Any], settings: DriftlineSettings) -> RequestParser:

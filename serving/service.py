@@ -14,12 +14,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
-import numpy as np
-from numpy.typing import NDArray
-
 from driftline.features.online import OnlineFeatures, OnlineRead
 from driftline.platform.bundle import Bundle
-from driftline.platform.columns import TEXT_ID_COLUMNS
 from driftline.platform.errors import BundleError, DriftlineError
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.traffic import BundleRef
@@ -28,7 +24,7 @@ from driftline.platform.workspace import Workspace
 from driftline.serving.answers import Answer, Observer
 from driftline.serving.client import settings_identity
 from driftline.serving.holder import UNUSABLE, RouteHolder
-from driftline.serving.prepared import PreparedBundle, Scored
+from driftline.serving.prepared import PreparedBundle
 from driftline.serving.requests import Key, RefusedRequestError, ScoreRequest, refuse
 from driftline.serving.routes import LiveBundle, Routes
 from driftline.serving.wire import JsonForm, WireForm
@@ -38,7 +34,6 @@ logger = logging.getLogger(__name__)
 WARM_UP_ADS: Final = 100
 NUM_RECENT: Final = 64
 """Answered requests that are remembered, to be replayed by a bundle before it goes live."""
-PAGE, AD = range(len(TEXT_ID_COLUMNS))
 
 
 class BundleService:
@@ -229,8 +224,8 @@ class BundleService:
         started = time.perf_counter()
         now, read = self._read(request)
         have_read = time.perf_counter()
-        scored = live.prepared.score(read.columns)
-        page, ads = _fallbacks(read, scored)
+        scored = live.prepared.score(read)
+        page, ads = scored.fallbacks(read)
         return Answer(
             request=request,
             live=live,
@@ -245,6 +240,7 @@ class BundleService:
                 "features": have_read - started,
                 "fuse": time.perf_counter() - have_read,
             },
+            features_as_of=read.as_of,
         )
 
     def _read(self, request: ScoreRequest) -> tuple[datetime, OnlineRead]:
@@ -294,33 +290,6 @@ class BundleService:
             "refused_requests": self._num_refused,
             **self._holder.status(),
         }
-
-
-def _fallbacks(read: OnlineRead, scored: Scored) -> tuple[str | None, Mapping[int, str]]:
-    """Why the page and which ads were not scored as usual.
-
-    ``unknown_product``: in no table, all its features are missing and its vector is neutral.
-    ``neutral_text``: its text has no vector, the neutral one was taken. ``encoded_text``: its text
-    had no vector, the arms were run.
-    """
-    first = slice(0, 1)
-    page = _reasons(
-        np.array([read.unknown_page]), scored.encoded[first, PAGE], scored.neutral[first, PAGE]
-    )
-    ads = _reasons(np.asarray(read.unknown_ads), scored.encoded[:, AD], scored.neutral[:, AD])
-    return page.get(0), ads
-
-
-def _reasons(
-    unknown: NDArray[np.bool_], encoded: NDArray[np.bool_], neutral: NDArray[np.bool_]
-) -> Mapping[int, str]:
-    reasons: dict[int, str] = {}
-    for index in np.flatnonzero(unknown | encoded | neutral).tolist():
-        if unknown[index]:
-            reasons[index] = "unknown_product"
-        else:
-            reasons[index] = "encoded_text" if encoded[index] else "neutral_text"
-    return reasons
 
 
 def _is_number(answer: Answer) -> bool:

@@ -1,0 +1,77 @@
+"""Scoring a request from the tables equals scoring the frame that it would be."""
+
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.tiny_market import AS_OF, TinyMarket
+
+from driftline.features.online import OnlineFeatures
+from driftline.platform.bundle import Bundle
+from driftline.platform.scorer import Scorer
+from driftline.serving.request_scorer import RequestScorer
+
+KEYS = st.one_of(st.integers(99_999, 100_075), st.integers(-5, 5), st.just(2**62))
+CONTEXT = st.dictionaries(
+    st.sampled_from(["application", "hour_of_week"]),
+    st.one_of(st.none(), st.sampled_from(["app0", "app1", "17", "never seen"])),
+)
+
+
+@pytest.fixture(scope="module")
+def features(market: TinyMarket) -> OnlineFeatures:
+    return OnlineFeatures.open(market.settings)
+
+
+@pytest.fixture(scope="module")
+def scorer(first: Bundle) -> Scorer:
+    return Scorer.of(first)
+
+
+@pytest.fixture(scope="module")
+def requests(scorer: Scorer) -> RequestScorer:
+    return RequestScorer(scorer)
+
+
+@settings(max_examples=150)
+@given(
+    page=KEYS,
+    ads=st.lists(KEYS, max_size=40),
+    context=CONTEXT,
+    hours=st.sampled_from([0.0, 0.5, 3.0, 400.0, 5_000.0]),
+)
+def test_a_request_scores_as_its_frame(
+    features: OnlineFeatures,
+    scorer: Scorer,
+    requests: RequestScorer,
+    page: int,
+    ads: list[int],
+    context: dict[str, Any],
+    hours: float,
+) -> None:
+    read = features.read(page, ads, context=context, now=AS_OF + timedelta(hours=hours))
+
+    found = requests.score(read)
+
+    np.testing.assert_allclose(found.probabilities, scorer.score(read.columns), atol=1e-6)
+    ids = np.column_stack([read.columns[name] for name in ("page__text_id", "ad__text_id")])
+    uncached = (scorer.text_rows(read.columns) < 0) & (ids > 0)
+    assert found.ads_uncached.tolist() == uncached[:, 1].tolist()
+    if ads:
+        assert found.page_uncached == bool(uncached[0, 0])
+
+
+def test_another_snapshot_brings_its_own_categories(
+    market: TinyMarket, features: OnlineFeatures, requests: RequestScorer, scorer: Scorer
+) -> None:
+    """Codes of a table mean nothing in another one."""
+    again = OnlineFeatures.open(market.settings)
+    for source in (features, again, features):
+        read = source.read(100_001, [100_002, 100_003], context={}, now=AS_OF)
+        assert read.parts[0].found.table is not None
+        np.testing.assert_allclose(
+            requests.score(read).probabilities, scorer.score(read.columns), atol=1e-6
+        )
