@@ -94,7 +94,7 @@ class Text(IntEnum):
 
 @dataclass(frozen=True)
 class Scored:
-    """Probabilities ``[B]``, and the texts, the page's and by place the ads', that were not usual."""
+    """Probabilities ``[B]``; the page's text, and the ads' that were not usual, by place."""
 
     probabilities: NDArray[np.float64]
     page: Text

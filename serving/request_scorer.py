@@ -60,7 +60,8 @@ class _Side:
     context: tuple[tuple[str, ...], tuple[str, ...]]
     """Numbers and categories of the impression itself; on the page's side."""
     numbers: TabularEncoder
-    weights_FV: Float32
+    weights: Float32
+    """``[F, V]``"""
 
     @classmethod
     def of(cls, scorer: Scorer, read: OnlineRead, *, page: bool) -> Self:
@@ -156,7 +157,7 @@ class RequestScorer:
         for place, name in enumerate(numbers, start=end):
             value = read.context.get(name)
             raw_NK[place] = np.nan if value is None else value
-        states_KV = side.numbers.normalise(raw_NK) @ side.weights_FV
+        states_KV = side.numbers.normalise(raw_NK) @ side.weights
         for rows in places:
             states_KV += fused.categories[rows]
         for name in categories:
