@@ -1,5 +1,6 @@
 """Settings of operation: gate, serving, cadences, replay, Ray, stores. Import from ``settings``."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -12,6 +13,7 @@ from pydantic import (
 )
 
 from driftline.platform.data_settings import Settings
+from driftline.platform.delivery_settings import DeliverySettings
 from driftline.platform.observation_settings import (
     DecisionLogSettings,
     MetricsSettings,
@@ -72,6 +74,11 @@ class ServingSettings(Settings):
     decision_log: DecisionLogSettings = DecisionLogSettings()
     metrics: MetricsSettings = MetricsSettings()
     slow_requests: SlowRequestSettings = SlowRequestSettings()
+    delivery: DeliverySettings = DeliverySettings()
+    admin_token_file: Path | None = None
+    """Turns on ``/v1/admin/`` (deploy, traffic, rollback) for who brings the token in this file.
+    Relative to the workspace; made with a random token, readable by its owner alone, when it is
+    not there. Without it there is no administration over HTTP."""
 
 
 class CadenceSettings(Settings):

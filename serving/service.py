@@ -22,11 +22,13 @@ from driftline.platform.traffic import BundleRef
 from driftline.platform.windows import format_time
 from driftline.platform.workspace import Workspace
 from driftline.serving.answers import Answer, Observer
+from driftline.serving.arm_counts import ArmCounter
 from driftline.serving.client import settings_identity
 from driftline.serving.holder import UNUSABLE, RouteHolder
 from driftline.serving.prepared import PreparedBundle
 from driftline.serving.requests import Key, RefusedRequestError, ScoreRequest, refuse
 from driftline.serving.routes import LiveBundle, Routes
+from driftline.serving.shadow import ShadowScorer
 from driftline.serving.wire import JsonForm, WireForm
 
 logger = logging.getLogger(__name__)
@@ -57,7 +59,9 @@ class BundleService:
     ) -> None:
         self._settings = settings
         self._replica = replica
-        self._observers = tuple(observers)
+        self._arms = ArmCounter(settings, replica=replica)
+        self._shadows = ShadowScorer(settings.serving.delivery)
+        self._observers = (*observers, self._arms, self._shadows)
         self._features = OnlineFeatures.open(settings)
         self._holder = RouteHolder(
             Workspace.of(settings).bundles, prepare=self._prepare, warm_up=self._warm_up
@@ -75,6 +79,7 @@ class BundleService:
 
     def start(self) -> None:
         """Look once, then keep looking in the background."""
+        self._arms.remove_old(now=time.time())
         self.look()
         self._thread.start()
 
@@ -105,6 +110,8 @@ class BundleService:
             if not self._froze:  # what lives now lives long: the collector need not walk it again
                 gc.freeze()  # but later bundles come and go, and what they leave must be found
                 self._froze = True
+        self._shadows.follow(self._holder.routes.shadows)
+        self._arms.write()
         for live in self._holder.routes.all():
             if live.prepared.encoder is not None:
                 live.prepared.encoder.refresh()
@@ -216,9 +223,16 @@ class BundleService:
                 raise
             except UNUSABLE:
                 logger.debug("the canary failed", exc_info=True)
+            self._arms.failed(live)
             assert routes.stand_in is not None
             live = routes.stand_in
-        return self._answer(live, request, parse_seconds=parse_seconds)
+        try:
+            return self._answer(live, request, parse_seconds=parse_seconds)
+        except RefusedRequestError:
+            raise
+        except Exception:
+            self._arms.failed(live)
+            raise
 
     def _answer(self, live: LiveBundle, request: ScoreRequest, *, parse_seconds: float) -> Answer:
         started = time.perf_counter()
@@ -289,6 +303,7 @@ class BundleService:
             "answers": self._num_answers,
             "refused_requests": self._num_refused,
             **self._holder.status(),
+            "shadows": self._shadows.status(),
         }
 
 
