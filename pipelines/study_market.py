@@ -20,7 +20,7 @@ from driftline.features.scales import estimate_scales, resolve_tiers, write_scal
 from driftline.pipelines.prepare import prepare_features
 from driftline.pipelines.run import ingest
 from driftline.pipelines.strategy_names import NAMED_STRATEGIES, approach, strategy_of
-from driftline.pipelines.teachers import train_teachers
+from driftline.pipelines.teachers import find_member, train_teachers
 from driftline.platform.artefacts import hash_value
 from driftline.platform.errors import SettingsError
 from driftline.platform.settings import (
@@ -51,7 +51,8 @@ def cell_settings(
     """The market's settings with what the cell changes; ``--set`` comes last.
 
     Raises:
-        SettingsError: the market's file, an override of the cell, or one of ``--set`` is wrong.
+        SettingsError: the market's file, an override of the cell, or one of ``--set`` is wrong, or
+            there is no teacher of the cell's name.
     """
     source = path.parent / study.market
     try:
@@ -66,6 +67,8 @@ def cell_settings(
         for override in overrides:
             apply_override(raw, override)
         settings = parse_settings(raw, origin=f"{source} as changed by variant {cell.name!r}")
+        if cell.teacher is not None:
+            find_member(settings, cell.teacher)
     except SettingsError as error:
         raise SettingsError(f"study {path}, variant {cell.name!r}: {error}") from error
     settings = settings.model_copy(update={"workspace": root / market_name(settings)})

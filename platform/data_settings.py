@@ -18,6 +18,8 @@ from pydantic import (
 
 TierName = Literal["long", "medium", "short"]
 Share = Annotated[float, Field(gt=0, lt=1)]
+SliceHours = Annotated[float, Field(gt=0, le=8_784)]
+"""Length of a test slice: at most a year."""
 FeatureName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*(_[a-z0-9]+)*$", max_length=60)]
 
 CONTRACT_NAMES = frozenset(

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from driftline.platform.data_settings import Settings
+from driftline.platform.data_settings import Settings, SliceHours
 from driftline.platform.strategy_settings import ArmsRefreshSettings
 from driftline.platform.training_settings import StageSettings
 
@@ -115,7 +115,7 @@ class SearchSettings(Settings):
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0, 1, 2)
     as_of: AwareDatetime | None = None
     """What is known. Without it the last hour after which the log holds two slices."""
-    slice_hours: PositiveFloat = 24
+    slice_hours: SliceHours = 24
     """Strategies are judged on so many hours after ``as_of``, the winner also on as many after
     that."""
     max_concurrent: PositiveInt | None = None

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from driftline.platform.data_settings import Settings
 from driftline.platform.initialisers import Initialiser, MlmStart, RandomStart
@@ -51,7 +51,7 @@ class ArmsRefreshSettings(Settings):
     defaults are the paper's recommended recipe (S0.33); `driftline search` finds another.
     """
 
-    window_hours: PositiveInt = 168
+    window_hours: Annotated[int, Field(gt=0, le=1_000_000)] = 168
     """Length of the window of recent rows for fine-tuning."""
     init: Initialiser = MlmStart()
     mlm: StageSettings = StageSettings()

@@ -1,8 +1,8 @@
 """The parts of a study: its variants, the values of its grid, its columns and its picture."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from driftline.platform.data_settings import Settings
 from driftline.platform.study_claims import MeasureName
@@ -39,6 +39,15 @@ class StudyVariant(Settings):
     """Place on the plot's axis."""
     each: bool = True
     """Whether the grid ``each`` multiplies it; a reference row stands alone."""
+
+    @model_validator(mode="after")
+    def _trains_what_it_says(self) -> Self:
+        if self.strategy is not None and self.form in ("teacher", "encoder"):
+            raise ValueError(
+                f"form {self.form} trains nothing, so strategy {self.strategy!r} would be ignored; "
+                "leave one of them out"
+            )
+        return self
 
 
 class StudyValue(Settings):

@@ -14,14 +14,13 @@ import yaml
 from pydantic import (
     Field,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     ValidationError,
     field_validator,
     model_validator,
 )
 
-from driftline.platform.data_settings import Settings
+from driftline.platform.data_settings import Settings, SliceHours
 from driftline.platform.errors import SettingsError
 from driftline.platform.study_claims import StudyOrdering
 from driftline.platform.study_contrasts import Contrast, parse_contrast
@@ -77,7 +76,7 @@ class StudySettings(Settings):
     columns: Annotated[tuple[StudyColumn, ...], Field(min_length=1)]
     orderings: tuple[StudyOrdering, ...] = ()
     plot: StudyPlot = StudyPlot()
-    test_hours: PositiveFloat = 24.0
+    test_hours: SliceHours = 24.0
     """Length of the test slice at the end of the log; students learn from what comes before."""
     num_bootstrap: PositiveInt = 200
     """Resamples of the requests, for the part of the interval that the test rows cause."""

@@ -108,6 +108,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"variants": {"kd": {"lable": "x"}}, "each": {}}, r"variants\.kd\.lable: Extra inputs"),
     ({"variants": {"KD": {}}}, r"variants\.KD.*should match pattern"),
     ({"variants": {"kd": {"form": "tree"}}}, r"variants\.kd\.form.*got 'tree'"),
+    ({"variants": {"kd": {"form": "teacher", "strategy": "KD"}}}, r"'KD' would be ignored"),
+    ({"test_hours": 1e9}, r"test_hours: .*less than or equal to 8784"),
     ({"baseline": "basic"}, r"baseline: no variant 'basic', there are \['kd'"),
     ({"columns": ["auc"]}, r"columns\.0\.measure: no measure 'auc', there are"),
     ({"columns": []}, r"columns: .*at least 1"),
