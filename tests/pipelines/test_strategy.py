@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from driftline.pipelines.labels import SoftLabels
 from driftline.pipelines.laboratory import Laboratory
 from driftline.pipelines.laboratory_rows import Rows
 from driftline.pipelines.market_moment import default_moment
 from driftline.pipelines.pseudo_labels import pseudo_labelled
 from driftline.pipelines.strategy import prepare_strategy, train_strategy
+from driftline.pipelines.strategy_matches import keep_features
 from driftline.pipelines.strategy_measures import TestSets, measure_student, measure_teacher
 from driftline.pipelines.strategy_names import (
     APPROACHES,
@@ -28,7 +31,9 @@ from driftline.platform.settings import (
     ArmsRefreshSettings,
     ArmsSelfTrainingSettings,
     DriftlineSettings,
+    StudentSettings,
 )
+from driftline.platform.teacher_features import TeacherFeatures
 from driftline.platform.workspace import Workspace
 
 Open = Callable[..., Laboratory]
@@ -192,6 +197,132 @@ def test_named_strategies_have_the_stages_of_the_paper(base: ArmsRefreshSettings
         "PD": (True, True, False),
         "PD-F": (True, True, True),
     }
+
+
+# --- matches ------------------------------------------------------------------------------
+
+
+PKD = {"kind": "pkd", "projection": "linear"}
+FIRST = {**PKD, "layers": {"kind": "explicit", "pairs": [[0, 0]]}}
+HIDDEN = {"kind": "hidden_mse", "weight": 2}
+
+
+def matching(base: ArmsRefreshSettings, *matches: Any, **distil: Any) -> ArmsRefreshSettings:
+    """KD with these matches beside the soft labels."""
+    raw = NAMED_STRATEGIES["KD"](base).model_dump(mode="json")
+    raw["objective"]["matches"] = matches
+    return ArmsRefreshSettings.model_validate(raw | {"distil": raw["distil"] | distil})
+
+
+@pytest.mark.parametrize(
+    ("form", "matches", "told"),
+    [
+        ("single", (HIDDEN, {"kind": "pkd"}), {"match_hidden_mse", "match_pkd"}),
+        ("twin", (PKD, FIRST), {"match_pkd", "match_pkd_2"}),
+    ],
+)
+def test_a_strategy_matches_inner_features_with_the_stored_ones(
+    laboratory: Open,
+    base: ArmsRefreshSettings,
+    form: Any,
+    matches: tuple[Any, ...],
+    told: set[str],
+) -> None:
+    lab, strategy = laboratory(), matching(base, *matches)
+    student = train_strategy(lab, strategy, form=form)
+    (stage,) = [node.result for node in student.nodes if node.result]
+    assert stage is not None
+    assert all(np.isfinite(row[name]) for row in stage.history for name in told)
+    assert {name for name in stage.history[-1] if name.startswith("match_")} == told
+    plain = train_strategy(lab, matching(base), form=form)
+    assert hash_file(student.weights) != hash_file(plain.weights)
+    again = train_strategy(laboratory(), strategy, form=form)
+    assert (again.weights, again.nodes[-1].made_now) == (student.weights, False)
+
+
+def test_strategies_with_and_without_matches_cost_one_pass_of_the_teacher(
+    market: DriftlineSettings, laboratory: Open, base: ArmsRefreshSettings
+) -> None:
+    """They need other tensors, or none, of other and of the same rows."""
+    shutil.rmtree(Workspace.of(market).labels)
+    made_up = {"transfer": {"kind": "re_paired"}}
+    strategies = [matching(base, PKD), matching(base, FIRST, **made_up), matching(base)]
+    passes = 0
+    rows: list[Rows] = []
+    for strategy in strategies:
+        lab = laboratory()
+        keep_features(lab, strategies)
+        prepare_strategy(lab, strategy)
+        passes += sum(node.teacher_passes for node in lab.nodes if node.made_now)
+        assert strategy.distil is not None
+        rows += lab.distil_rows(strategy.distil)
+    readers = (lab.store.with_texts(part.texts.table).reader for part in rows)
+    tokens = (reader.tokens(part.frame) for reader, part in zip(readers, rows, strict=True))
+    inputs = {tuple(row.tolist()) for part in tokens for row in part}
+    (manifest,) = Workspace.of(market).labels.rglob("manifest.json")
+    assert passes == len(inputs) == len(TeacherFeatures.open(manifest.parent))
+
+
+def test_a_stage_is_found_whatever_else_the_teacher_keeps(
+    laboratory: Open, base: ArmsRefreshSettings
+) -> None:
+    alone = train_strategy(laboratory(), matching(base, PKD))
+    lab = laboratory()
+    keep_features(lab, [matching(base, PKD), matching(base, FIRST)])
+    together = train_strategy(lab, matching(base, PKD))
+    assert together.weights == alone.weights
+    assert not any(node.made_now for node in together.nodes if node.result)
+
+
+@pytest.mark.parametrize(
+    ("form", "match", "message"),
+    [
+        ("twin", {**PKD, "layers": {"kind": "explicit", "pairs": [[3, 1]]}}, "places 0 to 1"),
+        ("twin", {"kind": "pkd"}, "32 wide in the student and 16 in the teacher; give projection"),
+        ("twin", HIDDEN, "match hidden_mse compares token by token, .* match whole rows instead"),
+        ("mlp", PKD, "the student has no layers"),
+        ("single", {"kind": "module", "student": "nose", "teacher": "pooler"}, "nose"),
+    ],
+)
+def test_an_impossible_match_is_refused_before_the_teacher_is_asked(
+    market: DriftlineSettings,
+    laboratory: Open,
+    base: ArmsRefreshSettings,
+    form: Any,
+    match: dict[str, Any],
+    message: str,
+) -> None:
+    shutil.rmtree(Workspace.of(market).labels)
+    lab, bad = laboratory(), matching(base, match)
+    with pytest.raises(SettingsError, match=message):
+        keep_features(lab, [matching(base), bad], form=form)
+    for use in (prepare_strategy, train_strategy):
+        with pytest.raises(SettingsError, match=message):
+            use(lab, bad, form=form)
+    assert (lab.nodes, lab.keys) == ([], ())
+    assert not Workspace.of(market).labels.exists()
+
+
+def test_tokens_are_matched_only_where_both_cut_them_alike(
+    market: DriftlineSettings, laboratory: Open, base: ArmsRefreshSettings
+) -> None:
+    lab, other_words = laboratory(), {"student": small_vocabulary(market)}
+    keep_features(lab, [matching(base, HIDDEN)], form="single")
+    small = laboratory(**other_words)
+    with pytest.raises(SettingsError, match=r"but the student reads .*350 pieces.*tokeniser"):
+        keep_features(small, [matching(base, HIDDEN)], form="single")
+    keep_features(small, [matching(base, {"kind": "pkd"})], form="single")
+    (member,) = lab.store.members
+    serialiser = replace(member.reader.serialiser, columns=("ad__category",))
+    reader = replace(member.reader, serialiser=serialiser)
+    lab.store = SoftLabels((replace(member, reader=reader),))  # as one of an ensemble may read
+    with pytest.raises(SettingsError, match=r"ad__ctr_24h' and the teacher .*, of ad__category'"):
+        keep_features(lab, [matching(base, HIDDEN)], form="single")
+
+
+def small_vocabulary(market: DriftlineSettings) -> StudentSettings:
+    """The student with fewer pieces than its teacher."""
+    return market.student.model_copy(update={"vocabulary_size": 350})
 
 
 # --- self-training ------------------------------------------------------------------------
