@@ -137,13 +137,21 @@ def _feature_view(view: View, entity: Entity, settings: DriftlineSettings) -> Fe
         created_timestamp_column="created_time",
     )
     key = Int64 if entity.value_type == ValueType.INT64 else String
+    categories = {feature.name for feature in settings.select(kind="categorical")}
     return FeatureView(
         name=view.name,
         entities=[entity],
         ttl=view.ttl,
         schema=[
             Field(name=view.join_key, dtype=key),
-            *(Field(name=field.name, dtype=_TYPES[field.type]) for field in view.features),
+            *(
+                Field(
+                    name=field.name,
+                    dtype=_TYPES[field.type],
+                    tags={"arranged": "codes"} if field.name in categories else None,
+                )
+                for field in view.features
+            ),
         ],
         source=source,
         tags={

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from driftline.features.feast_plugins.arranged import code_strings
 from driftline.features.feast_plugins.keys import Keys
 from driftline.features.feast_plugins.snapshot import Snapshot, current_version
 from driftline.features.views import NO_TEXT, TEXT_ID, View
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 Key = int | str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ViewTable:
     """Newest values of a view by slot; the last slot, also at -1, is that of a missing key."""
 
@@ -66,30 +67,13 @@ class ViewLookup(Protocol):
 
 
 class SnapshotLookup:
-    """One immutable version of a view, in memory."""
+    """One immutable version of a view, mapped."""
 
     def __init__(self, wanted: Wanted, snapshot: Snapshot | None) -> None:
-        """Arrange the columns for look-ups; the last entry of each answers for missing keys."""
+        """Take the columns of the wanted features."""
         self._wanted = wanted
         self.snapshot = snapshot
-        num = 0 if snapshot is None else len(snapshot)
-        every = np.arange(num)
-        event_us = np.zeros(num + 1, np.int64)
-        numbers = np.full((num + 1, len(wanted.numbers)), np.nan, np.float32)
-        text_id = np.full(num + 1, NO_TEXT, np.int64) if wanted.text_id else None
-        categories = {}
-        for name in wanted.categories:
-            values = pa.chunked_array([[]], pa.string())
-            if snapshot is not None:
-                values = snapshot.arrow(name, every)
-            categories[name] = _coded(values)
-        if snapshot is not None:
-            event_us[:-1] = snapshot.event_time_us
-            if wanted.numbers:
-                numbers[:-1] = snapshot.matrix(wanted.numbers)
-            if text_id is not None:
-                text_id[:-1] = np.asarray(snapshot.arrow(TEXT_ID, every).fill_null(NO_TEXT))
-        self.table = ViewTable(event_us, numbers, categories, text_id)
+        self.table = _empty(wanted) if snapshot is None else _table(wanted, snapshot)
 
     @classmethod
     def open(
@@ -131,7 +115,7 @@ class FeastLookup:
         """A table of the requested keys alone; milliseconds a call."""
         wanted = self._wanted
         keys = keys.tolist() if isinstance(keys, np.ndarray) else list(keys)
-        names = [*wanted.numbers, *wanted.categories, *([TEXT_ID] if wanted.text_id else [])]
+        names = [*wanted.numbers, *wanted.categories, *_text(wanted)]
         present = np.array([key is not None for key in keys], bool)
         found: dict[str, list[Any]] = {name: [None] * len(keys) for name in names}
         event_us = np.zeros(len(keys), np.int64)
@@ -164,7 +148,7 @@ class FeastLookup:
             event_us=np.append(event_us, 0),
             numbers=numbers,
             categories={
-                name: _coded(pa.chunked_array([pa.array(found[name], pa.string())]))
+                name: code_strings(pa.chunked_array([pa.array(found[name], pa.string())]))
                 for name in wanted.categories
             },
             text_id=np.array([*ids, NO_TEXT], np.int64) if wanted.text_id else None,
@@ -177,14 +161,28 @@ def _length(keys: Keys) -> int:
     return len(keys)
 
 
-def _coded(values: pa.ChunkedArray) -> tuple[NDArray[np.int32], NDArray[np.object_]]:
-    """Codes and the strings they stand for; -1, also at the end, stands for a missing one."""
-    encoded = values.combine_chunks().dictionary_encode()
-    codes = np.append(np.asarray(encoded.indices.fill_null(-1)), -1).astype(np.int32)
-    return codes, _objects([*encoded.dictionary.to_pylist(), None])
+def _table(wanted: Wanted, snapshot: Snapshot) -> ViewTable:
+    """A snapshot's columns: mapped, so that nothing of their size is read or copied."""
+    arranged = snapshot.arranged([*wanted.numbers, *wanted.categories, *_text(wanted)])
+    return ViewTable(
+        event_us=arranged.event_us,
+        numbers=arranged.side_by_side(wanted.numbers),
+        categories={name: arranged.categories[name] for name in wanted.categories},
+        text_id=arranged.integers[TEXT_ID] if wanted.text_id else None,
+    )
 
 
-def _objects(values: Sequence[Any]) -> NDArray[np.object_]:
-    array = np.empty(len(values), np.object_)
-    array[:] = values
-    return array
+def _empty(wanted: Wanted) -> ViewTable:
+    """A table without a key, for a view that was never materialised."""
+    return ViewTable(
+        event_us=np.zeros(1, np.int64),
+        numbers=np.full((1, len(wanted.numbers)), np.nan, np.float32),
+        categories={
+            name: code_strings(pa.chunked_array([[]], pa.string())) for name in wanted.categories
+        },
+        text_id=np.full(1, NO_TEXT, np.int64) if wanted.text_id else None,
+    )
+
+
+def _text(wanted: Wanted) -> tuple[str, ...]:
+    return (TEXT_ID,) if wanted.text_id else ()

@@ -1,7 +1,8 @@
 """Product keys: the two kinds there are (integers and strings), and finding their rows fast."""
 
 from collections.abc import Iterable
-from typing import Any, Protocol, TypeAlias
+from pathlib import Path
+from typing import Any, Final, Protocol, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +10,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from driftline.features.feast_plugins.errors import FeatureStoreError
+from driftline.platform.key_directory import WORTH_IT, KeyDirectory, hash_bytes
+from driftline.platform.mapped_tables import map_table
 
 Keys: TypeAlias = Iterable[int | str | None] | NDArray[Any]
 """Keys to look up: a list, a numpy array or an Arrow column, all of one kind."""
@@ -16,6 +19,8 @@ Rows = NDArray[np.int64]
 
 _MAX_KEY_BYTES = 512
 _MAX_SPARSENESS = 8
+_DENSE, _TEXTS = "dense_rows.npy", "key_bytes.npy"
+_DIRECTORY: Final = ("hashes", "rows", "starts", "width")
 
 
 def key_type(found: pa.DataType, what: str) -> pa.DataType:
@@ -68,20 +73,70 @@ def build_key_index(keys: pa.Array) -> KeyIndex:
     """Index distinct, non-null keys without a Python object per row."""
     if keys.type == pa.int64():
         numbers = keys.to_numpy(zero_copy_only=False)
-        dense = len(numbers) and numbers.min() >= 0
-        if dense and numbers.max() < max(_MAX_SPARSENESS * len(numbers), 1 << 20):
-            return _DenseIndex(numbers)
-        return _SortedIntegers(numbers)
-    return _SortedStrings(keys)
+        return _DenseIndex(_dense(numbers)) if _is_dense(numbers) else _SortedIntegers(numbers)
+    return _SortedStrings(*_sorted(fixed_bytes(keys)))
+
+
+def save_key_index(keys: pa.Array, folder: Path) -> None:
+    """Write the index of ascending, distinct keys as files for :func:`open_key_index`."""
+    if keys.type == pa.int64():
+        numbers = keys.to_numpy(zero_copy_only=False)
+        if _is_dense(numbers):
+            np.save(folder / _DENSE, _dense(numbers))
+        else:
+            _save_directory(KeyDirectory.of(numbers), folder)
+        return
+    texts = fixed_bytes(keys)
+    np.save(folder / _TEXTS, texts)
+    if len(texts) >= WORTH_IT:
+        hashes = hash_bytes(texts, num_bytes=texts.itemsize)
+        _save_directory(KeyDirectory.of_hashes(hashes), folder)
+
+
+def open_key_index(keys: pa.Array, folder: Path) -> KeyIndex:
+    """Map what :func:`save_key_index` wrote: at once, whatever the number of ``keys``."""
+    if (folder / _DENSE).exists():
+        return _DenseIndex(map_table(folder / _DENSE))
+    directory = _open_directory(folder)
+    if keys.type == pa.int64():
+        if directory is not None:
+            return _HashedIntegers(directory)
+        return _SortedIntegers(keys.to_numpy(zero_copy_only=False), is_sorted=True)
+    texts = map_table(folder / _TEXTS)
+    return _SortedStrings(texts) if directory is None else _HashedStrings(texts, directory)
+
+
+def _is_dense(keys: NDArray[np.int64]) -> bool:
+    if not len(keys) or keys.min() < 0:
+        return False
+    return bool(keys.max() < max(_MAX_SPARSENESS * len(keys), 1 << 20))
+
+
+def _dense(keys: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Row by key, with an entry before the first key and one after the last, to clip to."""
+    rows = np.full(int(keys.max()) + 3, -1, np.int32)
+    rows[keys + 1] = np.arange(len(keys), dtype=np.int32)
+    return rows
+
+
+def _save_directory(directory: KeyDirectory | None, folder: Path) -> None:
+    if directory is not None:
+        for name, values in directory.to_arrays().items():
+            np.save(folder / f"key_{name}.npy", values)
+
+
+def _open_directory(folder: Path) -> KeyDirectory | None:
+    paths = {name: folder / f"key_{name}.npy" for name in _DIRECTORY}
+    if not paths["hashes"].exists():
+        return None
+    return KeyDirectory.from_arrays({name: map_table(path) for name, path in paths.items()})
 
 
 class _DenseIndex:
     """Integers close to 0..N: a table from key to row, 4 bytes per possible key."""
 
-    def __init__(self, keys: NDArray[np.int64]) -> None:
-        # One entry before the first key and one after the last, which clipping runs into.
-        self._row = np.full(int(keys.max()) + 3, -1, np.int32)
-        self._row[keys + 1] = np.arange(len(keys), dtype=np.int32)
+    def __init__(self, rows: NDArray[np.int32]) -> None:
+        self._row = rows
 
     def rows(self, keys: Keys) -> Rows:
         numbers, missing = _integers(keys)
@@ -94,8 +149,11 @@ class _DenseIndex:
 class _SortedIntegers:
     """Sparse integers (hashes, for example): binary search."""
 
-    def __init__(self, keys: NDArray[np.int64]) -> None:
-        self._sorted, self._order = _sorted(keys)
+    def __init__(self, keys: NDArray[np.int64], *, is_sorted: bool = False) -> None:
+        self._sorted = keys
+        self._order: Rows | None = None
+        if not is_sorted:
+            self._sorted, self._order = _sorted(keys)
 
     def rows(self, keys: Keys) -> Rows:
         numbers, missing = _integers(keys)
@@ -105,20 +163,47 @@ class _SortedIntegers:
         return found
 
 
+class _HashedIntegers:
+    """Very many sparse integers: a directory of their hashes."""
+
+    def __init__(self, directory: KeyDirectory) -> None:
+        self._directory = directory
+
+    def rows(self, keys: Keys) -> Rows:
+        numbers, missing = _integers(keys)
+        found = self._directory.find(numbers)
+        if missing is not None:
+            found[missing] = -1
+        return found
+
+
 class _SortedStrings:
     """Strings as fixed-width bytes: binary search by ``memcmp``."""
 
-    def __init__(self, keys: pa.Array) -> None:
-        self._sorted, self._order = _sorted(fixed_bytes(keys))
+    def __init__(self, texts: NDArray[np.bytes_], order: Rows | None = None) -> None:
+        self._sorted, self._order = texts, order
 
     def rows(self, keys: Keys) -> Rows:
-        texts, missing = _texts(keys)
-        if texts.itemsize > self._sorted.itemsize:
-            # A key longer than all of ours must not match by its first bytes.
-            too_long = np.char.str_len(texts) > self._sorted.itemsize
-            missing = too_long if missing is None else missing | too_long
-            texts = texts.astype(self._sorted.dtype)
+        texts, missing = _texts_of_width(keys, self._sorted.itemsize)
         found = _search(self._sorted, self._order, texts)
+        if missing is not None:
+            found[missing] = -1
+        return found
+
+
+class _HashedStrings:
+    """Very many strings: a directory of their hashes, and the strings to compare with."""
+
+    def __init__(self, texts: NDArray[np.bytes_], directory: KeyDirectory) -> None:
+        self._texts, self._directory = texts, directory
+
+    def rows(self, keys: Keys) -> Rows:
+        width = self._texts.itemsize
+        texts, missing = _texts_of_width(keys, width)
+        if not len(texts):
+            return np.empty(0, np.int64)
+        found = self._directory.find_hashes(hash_bytes(texts, num_bytes=width))
+        found[self._texts.take(found, mode="clip") != texts] = -1
         if missing is not None:
             found[missing] = -1
         return found
@@ -178,6 +263,17 @@ def _texts(keys: Keys) -> tuple[NDArray[np.bytes_], NDArray[np.bool_] | None]:
                 ) from None
     missing = np.array([key is None for key in listed])
     return np.array([(key or "").encode() for key in listed], np.bytes_), missing
+
+
+def _texts_of_width(keys: Keys, width: int) -> tuple[NDArray[np.bytes_], NDArray[np.bool_] | None]:
+    """Keys as bytes of an index's width; one longer than all of its own counts as missing."""
+    texts, missing = _texts(keys)
+    if texts.itemsize > width:
+        # It must not match by its first bytes.
+        too_long = np.char.str_len(texts) > width
+        missing = too_long if missing is None else missing | too_long
+        texts = texts.astype(f"S{width}")
+    return texts, missing
 
 
 def fixed_bytes(keys: pa.Array) -> NDArray[np.bytes_]:

@@ -35,6 +35,8 @@ from driftline.features.feast_plugins.snapshot_writer import SnapshotWriter
 
 OnlineRow = tuple[EntityKey, dict[str, Value], datetime, datetime | None]
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+ARRANGED_TAG = "arranged"
+"""Tag of a string feature with few values: ``codes``, for it is arranged as such for look-ups."""
 _KEY_KINDS = ("int64_val", "int32_val", "string_val")
 
 
@@ -264,6 +266,7 @@ def _writer(config: RepoConfig, table: FeatureView) -> SnapshotWriter:
         compact_share=settings.compact_share,
         lock_timeout_s=settings.lock_timeout_s,
         durable=settings.durable,
+        categories=[f.name for f in table.features if f.tags.get(ARRANGED_TAG) == "codes"],
     )
 
 

@@ -1,8 +1,9 @@
 """``CURRENT``: the small file that says which files of a view count.
 
 A view's folder holds Arrow files: a *base*, sorted by product, and *deltas* with rows that came
-later. Files never change once they are named; a new version is new files and a new ``CURRENT``, put
-in place by one atomic rename. So a reader sees a version whole or not at all.
+later; beside the base a folder of the same name with its columns arranged for look-ups. Files never
+change once they are named; a new version is new files and a new ``CURRENT``, put in place by one
+atomic rename. So a reader sees a version whole or not at all.
 """
 
 import json
@@ -60,6 +61,11 @@ def current_version(view_dir: Path) -> str | None:
     """Version that a reader would open now; none before the first write."""
     pointer = read_pointer(view_dir)
     return None if pointer is None else pointer.version
+
+
+def arranged_folder(view_dir: Path, pointer: Pointer) -> Path:
+    """Where the columns of the base lie as look-ups want them (``arranged``); it may be absent."""
+    return view_dir / pointer.base.removesuffix(".arrow")
 
 
 def read_part(view_dir: Path, name: str) -> pa.Table:

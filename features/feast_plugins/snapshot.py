@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from driftline.features.feast_plugins.arranged import Arranged, Layout, open_arranged
 from driftline.features.feast_plugins.columns import (
     Column,
     Matrix,
@@ -24,6 +25,7 @@ from driftline.features.feast_plugins.keys import KeyIndex, Keys, Rows, build_ke
 from driftline.features.feast_plugins.merging import RESERVED, align, newest_by_key
 from driftline.features.feast_plugins.pointer import (
     Pointer,
+    arranged_folder,
     current_version,
     read_content,
     read_part,
@@ -77,16 +79,19 @@ class Snapshot:
         self._pointer, self._base, self._late = pointer, base, late
         self._num_rows = len(base.table)
         self._added: KeyIndex | None = None
-        self._place: Rows | None = None
         self._slots = self._wins = np.empty(0, np.int64)
         self.schema: pa.Schema = base.table.schema
+        self._arranged = base.arranged
         if late is not None:
             self._merge(late)
         self.schema = pa.schema([part for part in self.schema if part.name not in RESERVED])
         self._lock = Lock()
         self._made: dict[tuple[str, ...], Column] = {}
         # The last entry, at -1, answers for missing products; the same goes for matrices.
-        self._times = np.append(self._to_numpy(EVENT_US), UNKNOWN_US)
+        if self._arranged is None:
+            self._times = np.append(self._to_numpy(EVENT_US), UNKNOWN_US)
+        else:
+            self._times = self._arranged.event_us
 
     @classmethod
     def open(cls, view_dir: Path, *, since: Snapshot | None = None) -> Snapshot:
@@ -128,7 +133,7 @@ class Snapshot:
                 late += [read_part(view_dir, name) for name in pointer.deltas[len(known) :]]
                 return cls(pointer, base, newest_by_key(late))
         else:
-            base = _Base(read_part(view_dir, pointer.base))
+            base = _Base(read_part(view_dir, pointer.base), arranged_folder(view_dir, pointer))
         late = [read_part(view_dir, name) for name in pointer.deltas]
         return cls(pointer, base, newest_by_key(late) if late else None)
 
@@ -140,12 +145,22 @@ class Snapshot:
         added = slots < 0
         self._num_rows += int(added.sum())
         slots[added] = np.arange(len(base.table), self._num_rows)
-        place = np.arange(self._num_rows)
-        place[slots] = len(base.table) + wins
-        self._place, self._slots, self._wins = place, slots, wins
         if added.any():
             keys = late.column(KEY).take(pa.array(wins[added]))
             self._added = build_key_index(keys.combine_chunks())
+        order = np.argsort(slots)
+        self._slots, self._wins = slots[order], wins[order]
+        if base.arranged is not None:
+            self._arranged = self._rearranged(base.arranged, late)
+
+    def _rearranged(self, arranged: Arranged, late: pa.Table) -> Arranged | None:
+        """The base's columns with the newer rows in them; none if the features have changed."""
+        if Layout.of(late.schema, arranged.layout.categories) != arranged.layout:
+            return None
+        rows = late.take(pa.array(self._wins))
+        return arranged.with_rows(
+            rows, self._slots, num_slots=self._num_rows, folder=self._base.folder
+        )
 
     def __len__(self) -> int:
         """Number of products."""
@@ -200,6 +215,22 @@ class Snapshot:
         self._type(name)
         return self._arrow(name, rows)
 
+    def arranged(self, features: Sequence[str]) -> Arranged:
+        """Features as look-ups want them: numbers side by side, strings as codes.
+
+        Mapped where the writer arranged all of them, else built in memory at every call.
+
+        Raises:
+            FeatureStoreError: a feature does not exist.
+        """
+        texts = [name for name in features if self._type(name) == pa.string()]
+        made = self._arranged
+        if made is not None and set(texts) <= set(made.layout.categories):
+            return made
+        every = np.arange(len(self))
+        rows = {name: self._arrow(name, every) for name in (EVENT_US, *features)}
+        return Arranged.of(pa.table(rows), Layout.of(self.schema, texts).only(features))
+
     def read(self, keys: Keys, features: Sequence[str] | None = None) -> SnapshotRows:
         """Features of some products, in the order of ``keys``.
 
@@ -231,6 +262,8 @@ class Snapshot:
         return made
 
     def _build_matrix(self, names: tuple[str, ...], dtype: np.dtype[np.floating]) -> Matrix:
+        if self._arranged is not None and set(names) <= set(self._arranged.layout.numbers):
+            return self._arranged.side_by_side(names)
         base = self._base.padded_matrix(names, dtype)
         if self._late is None:
             return base
@@ -273,11 +306,19 @@ class Snapshot:
 
     def _to_numpy(self, name: str) -> Column:
         values = as_numpy(self._stacked(name))
-        return values if self._place is None else values[self._place]
+        return values if self._late is None else values[self._places(np.arange(len(self)))]
 
     def _arrow(self, name: str, rows: Rows) -> pa.ChunkedArray:
-        place = rows if self._place is None or not len(self) else self._place[rows]
+        place = self._places(rows)
         return self._stacked(name).take(pa.array(place, pa.int64(), mask=rows < 0))
+
+    def _places(self, slots: Rows) -> Rows:
+        """Where slots stand in the base with the deltas below it."""
+        if not len(self._slots):
+            return slots
+        at = np.minimum(np.searchsorted(self._slots, slots), len(self._slots) - 1)
+        late = self._wins[at] + len(self._base.table)
+        return np.where(self._slots[at] == slots, late, slots)
 
 
 class SnapshotReader:
@@ -304,11 +345,17 @@ class SnapshotReader:
 class _Base:
     """The base file and the index of its products, shared by the versions that build on it."""
 
-    def __init__(self, table: pa.Table) -> None:
-        self.table = table
-        self.index: KeyIndex = build_key_index(table.column(KEY).combine_chunks())
-        self._event_us = table.column(EVENT_US).to_numpy()
-        self._created_us = table.column(CREATED_US).to_numpy()
+    def __init__(self, table: pa.Table, folder: Path) -> None:
+        self.table, self.folder = table, folder
+        self.arranged: Arranged | None = None
+        keys = _whole(table.column(KEY))
+        arranged = open_arranged(folder, keys)
+        if arranged is None:
+            self.index: KeyIndex = build_key_index(keys)
+        else:
+            self.arranged, self.index = arranged
+        self._event_us = _whole(table.column(EVENT_US)).to_numpy()
+        self._created_us = _whole(table.column(CREATED_US)).to_numpy()
         self._matrices: dict[tuple[str, ...], Matrix] = {}
 
     def padded_matrix(self, names: tuple[str, ...], dtype: np.dtype[np.floating]) -> Matrix:
@@ -327,6 +374,11 @@ class _Base:
         event_us, mine = late.column(EVENT_US).to_numpy(), self._event_us[slots]
         created_us = late.column(CREATED_US).to_numpy()
         return (mine < event_us) | ((mine == event_us) & (self._created_us[slots] <= created_us))
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    """A column as one array, without a copy where it is one already."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _only(table: pa.Table, name: str) -> pa.Table:

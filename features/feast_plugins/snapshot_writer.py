@@ -18,9 +18,16 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 from filelock import FileLock, Timeout
 
+from driftline.features.feast_plugins.arranged import write_arranged
 from driftline.features.feast_plugins.errors import FeatureStoreError
 from driftline.features.feast_plugins.merging import newest_by_key
-from driftline.features.feast_plugins.pointer import POINTER, Pointer, read_part, read_pointer
+from driftline.features.feast_plugins.pointer import (
+    POINTER,
+    Pointer,
+    arranged_folder,
+    read_part,
+    read_pointer,
+)
 from driftline.features.feast_plugins.scan import KEY
 
 _MIN_DELTA_ROWS = 1_000
@@ -37,6 +44,7 @@ class SnapshotWriter:
         compact_share: float = 0.2,
         lock_timeout_s: float = 60,
         durable: bool = True,
+        categories: Sequence[str] = (),
     ) -> None:
         """Touch nothing yet.
 
@@ -45,11 +53,13 @@ class SnapshotWriter:
             compact_share: Rows in deltas, as a share of the base, above which they are merged.
             lock_timeout_s: Longest wait for another writer.
             durable: Survive a power cut as well, not only a killed process.
+            categories: String features that readers want as codes, because there are few of them.
         """
         self.view_dir = view_dir
         self._compact_share = compact_share
         self._lock_timeout_s = lock_timeout_s
         self._durable = durable
+        self._categories = tuple(categories)
 
     def write(self, rows: pa.Table) -> str:
         """Merge online rows (``merging.online_rows``) into the view; late ones never overwrite.
@@ -84,12 +94,12 @@ class SnapshotWriter:
         number = 1 if old is None else int(old.version.split("-")[0]) + 1
         version = f"{number:012d}-{uuid.uuid4().hex[:8]}"
         if old is None:
-            return Pointer(version, self._file(version, "base", rows), len(rows))
+            return Pointer(version, self._base(version, rows), len(rows))
         self._check_key(old, rows)
         delta_rows = old.delta_rows + len(rows)
         if delta_rows > max(self._compact_share * old.base_rows, _MIN_DELTA_ROWS):
             merged = newest_by_key([*self._parts([old.base, *old.deltas]), rows])
-            return Pointer(version, self._file(version, "base", merged), len(merged))
+            return Pointer(version, self._base(version, merged), len(merged))
         if len(old.deltas) >= _MAX_DELTAS:
             merged = newest_by_key([*self._parts(old.deltas), rows])
             deltas: tuple[str, ...] = (self._file(version, "delta", merged),)
@@ -109,6 +119,17 @@ class SnapshotWriter:
 
     def _parts(self, names: Sequence[str]) -> list[pa.Table]:
         return [read_part(self.view_dir, name) for name in names]
+
+    def _base(self, version: str, rows: pa.Table) -> str:
+        """Write a base, and its columns as look-ups want them: once here, not in every reader."""
+        name = self._file(version, "base", rows)
+        write_arranged(
+            rows,
+            self.view_dir / f"{version}-base",
+            categories=self._categories,
+            durable=self._durable,
+        )
+        return name
 
     def _file(self, version: str, kind: str, rows: pa.Table) -> str:
         name = f"{version}-{kind}.arrow"
@@ -132,9 +153,14 @@ class SnapshotWriter:
 
     def _prune(self, keep: Sequence[Pointer]) -> None:
         names = {name for pointer in keep for name in (pointer.base, *pointer.deltas)}
+        names |= {arranged_folder(self.view_dir, pointer).name for pointer in keep}
         for file in self.view_dir.iterdir():
-            if file.suffix in (".arrow", ".partial") and file.name not in names:
+            if file.name in names:
+                continue
+            if file.suffix in (".arrow", ".partial"):
                 file.unlink()
+            elif file.name.endswith("-base"):
+                shutil.rmtree(file)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
