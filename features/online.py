@@ -164,7 +164,7 @@ class OnlineFeatures:
     def read(
         self,
         page: Key,
-        ads: Sequence[Key],
+        ads: Sequence[Key] | NDArray[np.int64],
         *,
         context: Mapping[str, str | float | None],
         now: datetime,

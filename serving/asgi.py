@@ -1,24 +1,36 @@
-"""The HTTP face: three routes in plain ASGI, JSON in and out, every refusal with a body.
+"""The HTTP face: a handful of routes in plain ASGI, every refusal with a body.
 
 Plain ASGI because a web framework costs a fifth of the throughput, and there is one route to serve.
 """
 
-from collections.abc import Awaitable, Callable, MutableMapping
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeAlias
 
 import orjson
 
+from driftline.platform.settings import ServingSettings
 from driftline.serving.answers import Answer
+from driftline.serving.limits import RETRY_SECONDS, HeldBytes, WaitingLine, poll, waited_too_long
+from driftline.serving.openapi import openapi_json, openapi_page
 from driftline.serving.requests import RefusedRequestError, refuse, show
-from driftline.serving.wire import JsonForm, WireForm
+from driftline.serving.wire import JSON, JsonForm, WireForm
+from driftline.serving.wire_protobuf import ProtobufForm
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 
 SCORE, STATUS, HEALTH = "/v1/score", "/v1/status", "/healthz"
-METHODS: Final = {SCORE: ("POST",), STATUS: ("GET", "HEAD"), HEALTH: ("GET", "HEAD")}
-JSON_HEADER: Final = (b"content-type", b"application/json")
+OPENAPI, DOCS = "/v1/openapi.json", "/docs"
+READ: Final = ("GET", "HEAD")
+METHODS: Final = {SCORE: ("POST",), **dict.fromkeys((STATUS, HEALTH, OPENAPI, DOCS), READ)}
+HTML: Final = "text/html; charset=utf-8"
+MAX_HELD: Final = 64
+"""Unfinished bodies may hold so many times the largest body."""
+GONE: Final = "http.disconnect"
 
 
 class ScoringService(Protocol):
@@ -30,6 +42,9 @@ class ScoringService(Protocol):
     def sent(self, answer: Answer) -> None:
         """The answer has been handed to the client."""
 
+    def refused(self, error: RefusedRequestError) -> None:
+        """A request was refused; told once, however often this is called."""
+
     def status(self) -> dict[str, Any]:
         """What is served, how fresh it is, and since when."""
 
@@ -37,100 +52,234 @@ class ScoringService(Protocol):
     def ready(self) -> bool:
         """Whether there is a bundle to score with."""
 
+    @property
+    def contract(self) -> Mapping[str, Any] | None:
+        """Key type and context features of the bundle that answers now."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a route other than scoring gives."""
+
+    body: bytes
+    status: int = 200
+    content_type: str = JSON
+
 
 class HttpFace:
-    """An ASGI application over a :class:`ScoringService`."""
+    """An ASGI application over a :class:`ScoringService`; used by one event loop.
 
-    def __init__(self, service: ScoringService, *, max_request_bytes: int) -> None:
+    Args:
+        service: Answers.
+        settings: Limits, and what the OpenAPI page tells of them.
+        pages: Further routes to read, by path.
+    """
+
+    def __init__(
+        self,
+        service: ScoringService,
+        settings: ServingSettings,
+        *,
+        pages: Mapping[str, Callable[[], Page]] | None = None,
+    ) -> None:
+        self._pages = dict(pages or {})
+        self._methods = METHODS | dict.fromkeys(self._pages, READ)
         self._service = service
-        self._max_bytes = max_request_bytes
-        self._form = JsonForm()
+        self._settings = settings
+        self._forms: dict[bytes, WireForm] = {}
+        for form in (JsonForm(), ProtobufForm()):
+            self._forms[form.content_type.encode()] = form
+        self._line = WaitingLine(max_waiting=settings.max_waiting)
+        self._held = HeldBytes(max_bytes=MAX_HELD * settings.max_request_bytes)
+
+    @property
+    def line(self) -> WaitingLine:
+        """Where requests wait for their turn; the gRPC face stands in the same."""
+        return self._line
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """One connection's request, or the server's start and stop."""
         if scope["type"] == "lifespan":
             await _acknowledge(receive, send)
             return
+        if scope["type"] != "http":
+            await _hang_up(scope, send)
+            return
         try:
-            await self._route(scope, receive, send)
+            if scope["path"] == SCORE and scope["method"] == "POST":
+                await self._score(scope, receive, send)
+            else:
+                page = self._page(scope["path"], scope["method"])
+                await _send(
+                    send,
+                    page.body,
+                    status=page.status,
+                    content_type=page.content_type.encode(),
+                    empty=scope["method"] == "HEAD",
+                )
         except RefusedRequestError as error:
+            self._service.refused(error)
             extra = []
             if error.status == 405:
                 extra.append((b"allow", ", ".join(error.allowed).encode()))
             if error.status == 503:
-                extra.append((b"retry-after", b"1"))
+                extra.append((b"retry-after", str(RETRY_SECONDS).encode()))
+            if error.status in (408, 413):  # the rest of the body is not worth reading
+                extra.append((b"connection", b"close"))
             body = orjson.dumps(error.body, default=str)
-            await _send_json(send, body, status=error.status, headers=extra)
+            await _send(send, body, status=error.status, headers=extra)
+        except Exception:  # a mistake of ours; the server answers 500
+            self._service.refused(refuse("a mistake of ours", status=500, code="internal_error"))
+            raise
 
-    async def _route(self, scope: Message, receive: Receive, send: Send) -> None:
-        path, method = scope["path"], scope["method"]
-        methods = METHODS.get(path)
+    # --- scoring --------------------------------------------------------------------------
+
+    async def _score(self, scope: Message, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        form = self._form(headers)
+        self._line.check()
+        body = await self._read_body(headers, receive)
+        if body is None:
+            return
+        self._held.take(len(body))
+        arrived = time.perf_counter()
+        try:
+            await self._wait(time.monotonic())
+        finally:
+            self._held.give_back(len(body))
+        if (message := poll(receive)) is not None and message["type"] == GONE:
+            return
+        begun = time.perf_counter()
+        answer = self._service.answer(body, form)
+        scored = time.perf_counter()
+        content = form.write(answer)
+        written = time.perf_counter()
+        await _send(send, content, content_type=form.content_type.encode())
+        answer.stages.update(
+            wait=begun - arrived, write=written - scored, total=written - arrived
+        )
+        self._service.sent(answer)
+
+    async def _wait(self, arrived: float) -> None:
+        await self._line.turn()
+        waited, allowed = time.monotonic() - arrived, self._settings.request_timeout_seconds
+        if waited > allowed:
+            raise waited_too_long(waited, allowed=allowed)
+
+    def _form(self, headers: Mapping[bytes, bytes]) -> WireForm:
+        """The form that the content type names."""
+        kind = headers.get(b"content-type", b"application/json")
+        form = self._forms.get(kind)
+        if form is None:
+            form = self._forms.get(kind.partition(b";")[0].strip().lower())
+        encoding = headers.get(b"content-encoding", b"identity").strip().lower()
+        if form is None:
+            allowed = [known.decode() for known in self._forms]
+            raise refuse(
+                f"content-type must be {' or '.join(allowed)}, got {show(kind.decode('latin-1'))}",
+                status=415,
+                code="wrong_content_type",
+                allowed=allowed,
+            )
+        if encoding != b"identity":
+            raise refuse(
+                f"content-encoding must be identity, got {show(encoding.decode('latin-1'))}",
+                status=415,
+                code="wrong_content_encoding",
+                allowed=["identity"],
+                hint="send the body uncompressed; application/x-protobuf is the compact form",
+            )
+        return form
+
+    async def _read_body(self, headers: Mapping[bytes, bytes], receive: Receive) -> bytes | None:
+        """The whole body; ``None`` when the client went away."""
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length[:20]) > self._settings.max_request_bytes:
+            raise self._too_large(int(length[:20]))
+        message = poll(receive)
+        if message is not None and not message.get("more_body") and message["type"] != GONE:
+            body = message.get("body", b"")
+            if len(body) > self._settings.max_request_bytes:
+                raise self._too_large(len(body))
+            return bytes(body)
+        seconds = self._settings.read_timeout_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._read_pieces(message, receive)
+        except TimeoutError:
+            raise refuse(
+                f"the body did not arrive in {seconds:g} s",
+                status=408,
+                code="body_too_slow",
+                allowed={"read_timeout_seconds": seconds},
+            ) from None
+
+    async def _read_pieces(self, message: Message | None, receive: Receive) -> bytes | None:
+        body = bytearray()
+        try:
+            while True:
+                if message is None:
+                    message = await receive()
+                if message["type"] == GONE:
+                    return None
+                piece = message.get("body", b"")
+                if len(body) + len(piece) > self._settings.max_request_bytes:
+                    raise self._too_large(len(body) + len(piece))
+                self._held.take(len(piece))
+                body += piece
+                if not message.get("more_body"):
+                    return bytes(body)
+                message = None
+        finally:
+            self._held.give_back(len(body))
+
+    def _too_large(self, num_bytes: int) -> RefusedRequestError:
+        max_bytes = self._settings.max_request_bytes
+        return refuse(
+            f"the body may have {max_bytes:,} bytes, got {num_bytes:,} or more",
+            status=413,
+            code="body_too_large",
+            allowed={"max_bytes": max_bytes},
+            hint="send fewer ads in each request, or raise serving.max_request_bytes",
+        )
+
+    # --- the other routes -----------------------------------------------------------------
+
+    def _page(self, path: str, method: str) -> Page:
+        methods = self._methods.get(path)
         if methods is None:
             raise refuse(
                 f"there is nothing at {show(path)}",
                 status=404,
                 code="unknown_path",
-                allowed=[f"{verbs[0]} {known}" for known, verbs in METHODS.items()],
+                allowed=[f"{verbs[0]} {known}" for known, verbs in self._methods.items()],
             )
         if method not in methods:
             raise refuse(
-                f"{path} takes {methods[0]}, got {method}",
+                f"{path} takes {methods[0]}, got {show(method)}",
                 status=405,
                 code="wrong_method",
                 allowed=list(methods),
             )
-        if path == SCORE:
-            body = await self._read_body(scope, receive)
-            if body is not None:
-                answer = self._service.answer(body, self._form)
-                await _send_json(send, self._form.write(answer))
-                self._service.sent(answer)
-            return
-        ready = self._service.ready
-        value = self._service.status() if path == STATUS else {"ready": ready}
-        status = 200 if ready or path == STATUS else 503
-        await _send_json(send, orjson.dumps(value), status=status, empty=method == "HEAD")
-
-    async def _read_body(self, scope: Message, receive: Receive) -> bytes | None:
-        """The whole body; ``None`` when the client went away."""
-        headers = dict(scope["headers"])
-        kind = headers.get(b"content-type", b"application/json").decode("latin-1")
-        if kind.partition(";")[0].strip().lower() != "application/json":
-            raise refuse(
-                f"content-type must be application/json, got {show(kind)}",
-                status=415,
-                code="wrong_content_type",
-                allowed=["application/json"],
-            )
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._max_bytes:
-            raise self._too_large(int(length))
-        body = bytearray()
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            body += message.get("body", b"")
-            if len(body) > self._max_bytes:
-                raise self._too_large(len(body))
-            if not message.get("more_body"):
-                return bytes(body)
-
-    def _too_large(self, num_bytes: int) -> RefusedRequestError:
-        return refuse(
-            f"the body may have {self._max_bytes:,} bytes, got {num_bytes:,} or more",
-            status=413,
-            code="body_too_large",
-            allowed={"max_bytes": self._max_bytes},
-            hint="send fewer ads in each request, or raise serving.max_request_bytes",
-        )
+        if path in self._pages:
+            return self._pages[path]()
+        if path == STATUS:
+            return Page(orjson.dumps(self._service.status()))
+        if path == HEALTH:
+            ready = self._service.ready
+            return Page(orjson.dumps({"ready": ready}), status=200 if ready else 503)
+        contract = self._service.contract
+        if path == OPENAPI:
+            return Page(orjson.dumps(openapi_json(self._settings, contract)))
+        return Page(openapi_page(self._settings, contract).encode(), content_type=HTML)
 
 
-async def _send_json(
+async def _send(
     send: Send,
     body: bytes,
     *,
     status: int = 200,
+    content_type: bytes = JSON.encode(),
     headers: list[tuple[bytes, bytes]] | None = None,
     empty: bool = False,
 ) -> None:
@@ -139,10 +288,25 @@ async def _send_json(
         {
             "type": "http.response.start",
             "status": status,
-            "headers": [JSON_HEADER, length, *(headers or [])],
+            "headers": [(b"content-type", content_type), length, *(headers or [])],
         }
     )
     await send({"type": "http.response.body", "body": b"" if empty else body})
+
+
+async def _hang_up(scope: Message, send: Send) -> None:
+    """Nobody speaks WebSocket here."""
+    if "websocket.http.response" not in scope.get("extensions", {}):
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    error = refuse("there is no WebSocket here", status=404, code="unknown_path")
+    start = {
+        "type": "websocket.http.response.start",
+        "status": error.status,
+        "headers": [(b"content-type", JSON.encode())],
+    }
+    await send(start)
+    await send({"type": "websocket.http.response.body", "body": orjson.dumps(error.body)})
 
 
 async def _acknowledge(receive: Receive, send: Send) -> None:

@@ -9,11 +9,12 @@ import pytest
 from tests.tiny_market import TinyMarket
 
 from driftline.platform.bundle import Bundle
+from driftline.platform.settings import ServingSettings
 from driftline.platform.workspace import Workspace
 from driftline.serving.asgi import HttpFace
 from driftline.serving.service import BundleService
 
-MAX_BYTES = 1_000
+SMALL = ServingSettings(max_request_bytes=1_000)
 GOOD = b'{"page_product_id": 100001, "ad_product_ids": [100002, 100003]}'
 
 Reply = tuple[int, dict[str, str], Any]
@@ -57,17 +58,22 @@ def exchange_with(
     *chunks: bytes,
     headers: dict[str, str] | None = None,
     vanish: bool = False,
+    unfinished: bool = False,
+    settings: ServingSettings = SMALL,
 ) -> Reply:
     """Send one request in chunks; gives status, headers and JSON body."""
     parts = chunks or (b"",)
     messages: list[dict[str, Any]] = [
-        {"type": "http.request", "body": part, "more_body": i < len(parts) - 1 or vanish}
+        {"type": "http.request", "body": part, "more_body": i < len(parts) - 1 or unfinished}
         for i, part in enumerate(parts)
     ]
-    messages.append({"type": "http.disconnect"})
+    if vanish:
+        messages.append({"type": "http.disconnect"})
     sent: list[Any] = []
 
     async def receive() -> dict[str, Any]:
+        if not messages:
+            await asyncio.Event().wait()
         return messages.pop(0)
 
     async def send(message: Any) -> None:
@@ -79,7 +85,7 @@ def exchange_with(
         "path": path,
         "headers": [(k.encode(), v.encode()) for k, v in (headers or {}).items()],
     }
-    face = HttpFace(service, max_request_bytes=MAX_BYTES)
+    face = HttpFace(service, settings)
     asyncio.run(face(scope, receive, send))
     if not sent:
         return 0, {}, None
@@ -114,6 +120,13 @@ REFUSED: dict[str, tuple[str, str, dict[str, str], int, str]] = {
         {"content-type": "application/x-www-form-urlencoded"},
         415,
         "wrong_content_type",
+    ),
+    "compressed": (
+        "POST",
+        "/v1/score",
+        {"content-encoding": "gzip"},
+        415,
+        "wrong_content_encoding",
     ),
     "announced": ("POST", "/v1/score", {"content-length": "1001"}, 413, "body_too_large"),
 }
@@ -165,5 +178,21 @@ def test_head_has_the_length_but_not_the_body(exchange: Exchange) -> None:
     assert (status, headers["content-length"], body) == (200, "14", None)
 
 
-def test_a_client_that_goes_away_gets_no_answer(exchange: Exchange) -> None:
-    assert exchange("POST", "/v1/score", b"{", vanish=True)[0] == 0
+def test_a_client_that_goes_away_gets_no_answer(exchange: Exchange, service: BundleService) -> None:
+    before = service.status()["answers"]
+
+    assert exchange("POST", "/v1/score", b"{", vanish=True, unfinished=True)[0] == 0
+    assert exchange("POST", "/v1/score", GOOD, vanish=True)[0] == 0
+
+    assert service.status()["answers"] == before
+
+
+def test_a_body_that_never_ends_is_given_up(service: BundleService) -> None:
+    settings = ServingSettings(read_timeout_seconds=0.01)
+
+    status, headers, body = exchange_with(
+        service, "POST", "/v1/score", b"{", unfinished=True, settings=settings
+    )
+
+    assert (status, body["error"]["code"]) == (408, "body_too_slow")
+    assert headers["connection"] == "close"

@@ -37,7 +37,8 @@ def test_ads_keep_their_order_and_their_duplicates() -> None:
     request = parse(GOOD)
 
     assert request.page == 7
-    assert request.ads == (3, 1, 3)
+    assert request.ads_array is not None
+    assert request.ads_array.tolist() == [3, 1, 3]
     assert request.context == {"application": "mail", "depth": 2.0}
 
 
@@ -176,3 +177,46 @@ def test_any_bytes_give_a_request_or_a_refusal(body: bytes) -> None:
     else:
         assert refusal.status in (400, 422)
         assert refusal.body["error"]["message"]
+
+
+PLAIN = st.fixed_dictionaries(
+    {
+        "page_product_id": st.integers(-(2**64), 2**64) | st.booleans() | st.text(max_size=2),
+        "ad_product_ids": st.lists(
+            st.integers(-(2**64), 2**64) | st.booleans() | st.text(max_size=2), max_size=6
+        )
+        | st.lists(st.integers(0, 9), max_size=6)
+        | st.lists(st.text(max_size=2), max_size=6),
+    },
+    optional={
+        "context": st.none()
+        | st.dictionaries(
+            st.sampled_from(["application", "depth", "x"]),
+            st.none() | st.text(max_size=2) | st.integers() | st.floats() | st.booleans(),
+        ),
+        "request_id": st.none() | st.text(max_size=2) | st.integers(),
+        "request_key": st.none() | st.text(min_size=255, max_size=258),
+    },
+)
+
+
+@given(values=PLAIN, key_type=st.sampled_from(["int64", "string"]))
+def test_the_short_way_takes_what_the_model_takes(values: Any, key_type: KeyType) -> None:
+    """A ``time``, even null, sends a request through the model."""
+
+    def outcome(body: dict[str, Any]) -> object:
+        try:
+            request = parse(body, key_type=key_type)
+        except RefusedRequestError as error:
+            return error.status, str(error)
+        ads = request.ads if request.ads_array is None else request.ads_array.tolist()
+        return request.page, ads, request.context, request.request_id, request.request_key
+
+    assert outcome(values) == outcome({**values, "time": None})
+
+
+def test_the_last_of_two_equal_keys_counts() -> None:
+    twice = b'{"page_product_id": "x", "page_product_id": 7, "ad_product_ids": [1]'
+
+    for body in (twice + b"}", twice + b', "time": null}'):
+        assert parse(body).page == 7

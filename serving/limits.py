@@ -1,0 +1,141 @@
+"""Back-pressure in one replica: who waits, for how long, and how much they may hold in memory.
+
+Scoring holds the event loop, so a replica serves one request after the other. Without a line of
+its own, requests would queue where nobody can count them: in the loop and in sockets.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from types import CoroutineType
+from typing import Any, Final
+
+from driftline.serving.requests import RefusedRequestError, refuse
+
+RETRY_SECONDS: Final = 1
+"""What a client that is turned away is told to wait."""
+
+
+class WaitingLine:
+    """Gives requests their turn, first come first served, one in each round of the event loop.
+
+    Between two turns the loop looks at its sockets. So a newcomer is counted, a client that hung up
+    is noticed, and nobody's arrival is older than one turn when it is first seen. When nobody
+    waits, a turn costs nothing.
+
+    Args:
+        max_waiting: Longest line.
+    """
+
+    def __init__(self, *, max_waiting: int) -> None:
+        self._max_waiting = max_waiting
+        self._line: deque[asyncio.Future[None]] = deque()
+        self._taken = False
+
+    def __len__(self) -> int:
+        """How many wait."""
+        return len(self._line)
+
+    def check(self) -> None:
+        """Turn a newcomer away while the line is full.
+
+        Raises:
+            RefusedRequestError: 503, to be sent again later.
+        """
+        if len(self._line) >= self._max_waiting:
+            raise too_busy(f"{len(self._line)} requests wait already", allowed=self._max_waiting)
+
+    async def turn(self) -> None:
+        """Wait until it is this request's turn to be scored.
+
+        Raises:
+            RefusedRequestError: the line is full.
+        """
+        loop = asyncio.get_running_loop()
+        if not self._taken:
+            self._taken = True
+            loop.call_soon(self._next, loop)
+            return
+        self.check()
+        place = loop.create_future()
+        self._line.append(place)
+        await place  # cancelled: the place stays in the line and is skipped
+
+    def _next(self, loop: asyncio.AbstractEventLoop) -> None:
+        while self._line:
+            place = self._line.popleft()
+            if not place.done():
+                place.set_result(None)
+                loop.call_soon(self._next, loop)  # after the request that was just woken
+                return
+        self._taken = False
+
+
+class HeldBytes:
+    """Counts the bytes of bodies that have not arrived completely, of all clients together.
+
+    Args:
+        max_bytes: Most that may be held.
+    """
+
+    def __init__(self, *, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._held = 0
+
+    @property
+    def held(self) -> int:
+        """Bytes held now."""
+        return self._held
+
+    def take(self, num_bytes: int) -> None:
+        """Hold some more.
+
+        Raises:
+            RefusedRequestError: 503, to be sent again later.
+        """
+        if self._held + num_bytes > self._max_bytes:
+            raise too_busy("too many unfinished requests", allowed=self._max_bytes)
+        self._held += num_bytes
+
+    def give_back(self, num_bytes: int) -> None:
+        """They were read or thrown away."""
+        self._held -= num_bytes
+
+
+def too_busy(reason: str, *, allowed: Any = None) -> RefusedRequestError:
+    """The refusal of a request that may be sent again in a moment."""
+    return refuse(
+        f"the server is busy: {reason}",
+        status=503,
+        code="overloaded",
+        allowed=allowed,
+        hint=f"send it again after {RETRY_SECONDS} s; more replicas: serving.num_replicas",
+    )
+
+
+def waited_too_long(seconds: float, *, allowed: float) -> RefusedRequestError:
+    """The refusal of a request whose turn came too late for its answer to be of use."""
+    return refuse(
+        f"the request waited {seconds:.3f} s for its turn, {allowed:g} s are allowed",
+        status=503,
+        code="timed_out",
+        allowed={"request_timeout_seconds": allowed},
+        hint=f"send it again after {RETRY_SECONDS} s; more replicas: serving.num_replicas",
+    )
+
+
+def poll(receive: Callable[[], Any]) -> Any:
+    """What a coroutine function returns at once; ``None`` if it would wait.
+
+    A coroutine that waits is closed again, which leaves a queue or an event as it was. Cheaper than
+    a timeout around something that is nearly always there.
+    """
+    waiting = receive()
+    if not isinstance(waiting, CoroutineType):
+        return None
+    try:
+        waiting.send(None)
+    except StopIteration as done:
+        return done.value
+    waiting.close()
+    return None
