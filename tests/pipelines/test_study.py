@@ -135,6 +135,34 @@ def test_a_tower_pre_trains_on_the_very_rows_it_is_distilled_on(place: Path) -> 
         np.testing.assert_array_equal(theirs, ours)
 
 
+def test_inner_matches_of_a_variant_reach_its_student(place: Path) -> None:
+    """A tower that also matches the teacher's hidden states ends elsewhere."""
+    changes = {
+        "plain": {"preset": "turc"},
+        "matched": {"preset": "turc", "matches": [{"kind": "hidden_mse", "weight": 10}]},
+    }
+    variants = {
+        name: {
+            "form": "single",
+            "strategy": ["random", "ood", "none"],
+            "set": {"student.arms_refresh.objective": objective},
+        }
+        for name, objective in changes.items()
+    }
+    request = write(place, variants=variants, baseline="plain", seeds=[1], orderings=[])
+    report = run_study(request, progress_bar=quiet)
+    auc, stages = {}, {}
+    for path in (place / "tiny" / "trials").glob("*.json"):
+        trial = json.loads(path.read_text())
+        (stage,) = [node for node in trial["notes"]["nodes"] if node["name"] == "distil"]
+        stages[trial["cell"]] = stage
+        auc[trial["cell"]] = trial["measures"]["distilled_ood_auc"]
+    assert auc["plain"] != auc["matched"]
+    assert stages["plain"]["best"] != stages["matched"]["best"]
+    assert stages["plain"]["num_steps"] == stages["matched"]["num_steps"]
+    assert figures(report)["num_stages_trained"] == 2
+
+
 def test_sizes_are_measured_without_a_market(place: Path) -> None:
     shutil.rmtree(place / "markets")
     sizes = {"small": 16, "large": 64}
@@ -168,6 +196,17 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"variants": {"pf": {"set": {"student.heads": 3}}}}, "student.heads: Extra inputs"),
     ({"market": "nowhere.yaml"}, "nowhere.yaml cannot be read"),
+    (
+        {
+            "variants": {
+                "pf": {
+                    "strategy": "PD",
+                    "set": {"student.arms_refresh.objective": {"preset": "textbrewer"}},
+                }
+            }
+        },
+        "variant 'pf': objective.matches: .*compares token by token.*two product texts",
+    ),
     (
         {
             "variants": {
