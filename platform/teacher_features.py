@@ -34,7 +34,7 @@ from torch import Tensor
 
 from driftline.platform.artefacts import hash_value, read_json, whole_directory, write_json
 from driftline.platform.distillation.keys import FeatureKey, FeatureKind
-from driftline.platform.errors import ContractError, ResourceError
+from driftline.platform.errors import ArtefactError, ContractError, ResourceError
 
 FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
@@ -95,9 +95,9 @@ class TeacherFeatures:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         manifest = read_json(folder / MANIFEST)
-        if manifest["format"] != FORMAT:
+        if manifest.get("format") != FORMAT:
             raise ContractError(
-                f"teacher features {folder} have format {manifest['format']}, this code reads "
+                f"teacher features {folder} have format {manifest.get('format')}, this code reads "
                 f"{FORMAT}; remove the folder, the next pass of the teacher writes it anew"
             )
         self.teacher: str = manifest["teacher"]
@@ -121,6 +121,7 @@ class TeacherFeatures:
 
         Raises:
             ContractError: there is none, or it is of another teacher or of another type.
+            ArtefactError: one of its files is cut short, altered or missing.
         """
         if not (folder / MANIFEST).exists():
             raise ContractError(
@@ -275,10 +276,22 @@ class TeacherFeatures:
         self._bases = np.cumsum([0, *(len(s.hashes) for s in self._segments)])
 
     def _open_segment(self, path: Path) -> _Segment:
-        table = pq.read_table(path / INDEX, schema=INDEX_SCHEMA)
-        lengths = table["length"].to_numpy().astype(np.int64)
+        try:
+            table = pq.read_table(path / INDEX, schema=INDEX_SCHEMA)
+            lengths = table["length"].to_numpy().astype(np.int64)
+            starts = {key: _starts(shape, lengths) for key, shape in self.shapes.items()}
+            for key, start in starts.items():
+                found = np.load(path / f"{key}.npy", mmap_mode="r", allow_pickle=False)
+                if (found.shape, str(found.dtype)) != ((int(start[-1]),), self.dtype):
+                    raise ValueError(
+                        f"{key}.npy holds {found.shape} {found.dtype}, not {start[-1]} {self.dtype}"
+                    )
+        except (pa.ArrowInvalid, OSError, ValueError) as error:
+            raise ArtefactError(
+                f"teacher features {path} are damaged ({error}); remove {self.folder} and the "
+                "example files that point to it, the next pass of the teacher writes them anew"
+            ) from error
         logits = np.column_stack([table["no_click"].to_numpy(), table["click"].to_numpy()])
-        starts = {key: _starts(shape, lengths) for key, shape in self.shapes.items()}
         return _Segment(path, table["input_hash"].to_numpy(), lengths, logits, starts)
 
     # --- writing ------------------------------------------------------------------------------

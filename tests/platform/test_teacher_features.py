@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from driftline.platform.distillation.keys import FeatureKey
-from driftline.platform.errors import ContractError, ResourceError
+from driftline.platform.errors import ArtefactError, ContractError, ResourceError
 from driftline.platform.models.build import build_model
 from driftline.platform.models.spec import EncoderSpec, TeacherSpec
 from driftline.platform.models.teacher import ClickTower
@@ -306,3 +306,27 @@ def test_more_files_than_may_be_open_are_read_all_the_same(
     rows = np.array([4, 0, 3, 1, 2, 0])
     assert store.read(CLS, rows)[:, 0].tolist() == rows.tolist()
     shutil.rmtree(tmp_path / "s")
+
+
+@pytest.mark.parametrize("name", ["index.parquet", "hidden.1.npy", "cls.2.npy"])
+@pytest.mark.parametrize("is_missing", [True, False])
+def test_a_damaged_store_is_refused_when_it_is_opened(
+    store: TeacherFeatures, tmp_path: Path, name: str, is_missing: bool
+) -> None:
+    copy = tmp_path / "store"
+    shutil.copytree(store.folder, copy)
+    file = copy / "000001" / name
+    whole = file.read_bytes()
+    file.unlink()
+    if not is_missing:
+        file.write_bytes(whole[:-2])
+    with pytest.raises(ArtefactError, match=r"(?s)000001 are damaged .*; remove .*store and the"):
+        TeacherFeatures.open(copy)
+
+
+def test_a_manifest_that_is_none_is_refused(store: TeacherFeatures, tmp_path: Path) -> None:
+    shutil.copytree(store.folder, tmp_path / "store")
+    for content, error in (("{", ArtefactError), ("{}", ContractError)):
+        (tmp_path / "store" / "manifest.json").write_text(content)
+        with pytest.raises(error, match=r"remove"):
+            TeacherFeatures.open(tmp_path / "store")
