@@ -188,6 +188,16 @@ class HeadRefreshSettings(Settings):
     num_workers: NonNegativeInt = 0
     """0 trains in a warm actor without a worker group (Ray Train's local mode)."""
 
+    @model_validator(mode="after")
+    def _learns_clicks(self) -> Self:
+        self.objective.check_task("clicks")
+        if self.objective.matches:
+            raise ValueError(
+                "objective.matches: a head over cached vectors has no layers to match; put matches "
+                "into student.arms_refresh.objective"
+            )
+        return self
+
 
 class OutcomeSettings(Settings):
     """One more outcome that a student learns beside the click (papers.md C14)."""
@@ -207,6 +217,8 @@ class OutcomeSettings(Settings):
                 f"outcome {self.label!r} has an objective but no teacher; name a member of "
                 "teacher.ensemble that learned the label, or leave the objective out"
             )
+        if self.objective is not None:
+            self.objective.check_task("clicks")
         return self
 
 

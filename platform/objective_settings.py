@@ -12,7 +12,7 @@ from driftline.platform.data_settings import Settings
 from driftline.platform.distillation.matches import Match
 from driftline.platform.distillation.presets import expand_preset
 from driftline.platform.distillation.schedules import Weight
-from driftline.platform.distillation.soft_losses import KlLoss, SoftLoss
+from driftline.platform.distillation.soft_losses import BinaryLoss, KlLoss, SoftLoss
 from driftline.platform.distillation.temperatures import ConstantTemperature, ExampleTemperature
 
 ObjectiveTask = Literal["clicks", "tokens"]
@@ -69,7 +69,7 @@ class ObjectiveSettings(Settings):
         if self.alpha is not None and given:
             raise ValueError(
                 f"give either alpha or hard_weight and soft_weight, got alpha and "
-                f"{' and '.join(given)}"
+                f"{' and '.join(given)}; set to null what is not meant"
             )
         if len(given) == 1:
             raise ValueError(
@@ -133,6 +133,11 @@ class ObjectiveSettings(Settings):
             raise ValueError(
                 f"objective.tokens concerns masked-language distillation, got {self.tokens!r} for "
                 "a stage over clicks"
+            )
+        if task == "tokens" and isinstance(self.soft, BinaryLoss) and not self.soft.independent:
+            raise ValueError(
+                "objective.soft: binary is of a click, not of the many pieces of masked-language "
+                "distillation; use kl"
             )
         if task == "tokens" and self.probability_shift:
             raise ValueError(

@@ -5,8 +5,9 @@ The one door to all settings. Their parts live in ``data_settings``, ``model_set
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Final, Self
 
 import yaml
 from pydantic import (
@@ -34,6 +35,7 @@ from driftline.platform.data_settings import (
     TierName,
     Tiers,
 )
+from driftline.platform.distillation.presets import forget_rivals
 from driftline.platform.errors import SettingsError
 from driftline.platform.model_settings import (
     CheckpointEncoder,
@@ -117,6 +119,9 @@ __all__ = [
     "load_settings",
     "parse_settings",
 ]
+
+
+OBJECTIVE: Final = "objective"
 
 
 class DriftlineSettings(Settings):
@@ -232,7 +237,7 @@ def parse_settings(raw: Mapping[str, Any], *, origin: str) -> DriftlineSettings:
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Set ``a.b=c`` in place; ``c`` is YAML.
+    """Set ``a.b=c`` in place; ``c`` is YAML. In an objective it wins over what contradicts it.
 
     Raises:
         SettingsError: no ``=``, or the path leads through something that is not a mapping.
@@ -242,12 +247,14 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise SettingsError(f"--set needs the form a.b=value, got {override!r}")
     node: Any = raw
-    for key in keys[:-1]:
-        node = _enter(node, key, path=path)
     try:
         value = read_yaml(text)
     except yaml.YAMLError as error:
         raise SettingsError(f"--set {path}: value {text!r} is not YAML") from error
+    for key, inside in pairwise(keys):
+        node = _enter(node, key, path=path)
+        if key == OBJECTIVE and isinstance(node, dict) and value is not None:
+            forget_rivals(node, inside)
     if isinstance(node, list):
         node[_index(node, keys[-1], path=path)] = value
     else:

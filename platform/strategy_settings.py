@@ -75,6 +75,7 @@ class ArmsRefreshSettings(Settings):
 
     @model_validator(mode="after")
     def _trains_a_student(self) -> Self:
+        self.objective.check_task("clicks")
         if self.finetune is None and self.self_training.enabled:
             raise ValueError(
                 "self_training needs finetune, whose student gives the labels; set "

@@ -3,9 +3,14 @@
 What a settings file says beside ``preset`` wins over what is written here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, Final
 
+RIVALS: Final[Mapping[str, tuple[str, ...]]] = {
+    "alpha": ("hard_weight", "soft_weight"),
+    "hard_weight": ("alpha",),
+    "soft_weight": ("alpha",),
+}
 PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {
     # CTR-BERT, equation (1), with the Hinton direction and factor (S0.16, A0.10, A0.11)
     "ctrbert": {"alpha": 0.5, "soft": "kl", "temperature": 2.0, "tau_squared": True},
@@ -44,6 +49,18 @@ PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {
     # defaults are the paper's.
     "zhao": {"hard_weight": 1.0, "soft_weight": 0.0},
 }
+
+
+def forget_rivals(raw: MutableMapping[str, Any], name: str) -> None:
+    """Make room in an objective's settings for ``name``, which is said after them: it wins.
+
+    A preset takes out all that was said before, and ``alpha`` and the two weights take out each
+    other. For overrides; what stands beside each other in one file is not ordered.
+    """
+    if name == "preset":
+        raw.clear()
+    for rival in RIVALS.get(name, ()):
+        raw.pop(rival, None)
 
 
 def expand_preset(raw: Mapping[str, Any]) -> dict[str, Any]:

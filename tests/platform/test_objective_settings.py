@@ -236,6 +236,10 @@ def test_parts_that_a_task_would_ignore_are_refused() -> None:
         masked.check_task("clicks")
     with pytest.raises(ValueError, match=r"probability_shift lets the clicked class win"):
         shifted.check_task("tokens")
+    binary = ObjectiveSettings.model_validate({"soft": "binary"})
+    binary.check_task("clicks")
+    with pytest.raises(ValueError, match=r"objective.soft: binary is of a click"):
+        binary.check_task("tokens")
 
 
 # --- TextBrewer's own files -----------------------------------------------------------------

@@ -42,6 +42,10 @@ MISTAKES = [
     (["student.encoder.kind=gpt"], "student.encoder: Input tag 'gpt'"),
     (["student.head_refresh.objective.alpha=2"], "student.head_refresh.objective.alpha.*got 2"),
     (["student.head_refresh.objective.temperature=-1"], "temperature.*got -1"),
+    (["student.arms_refresh.objective.tokens=masked"], "objective.tokens concerns masked-langu"),
+    (["student.head_refresh.objective.tokens=masked"], "objective.tokens concerns masked-langu"),
+    (["student.head_refresh.objective.matches=[pkd]"], "a head over cached vectors has no layers"),
+    (["student.arms_refresh.objective.hard_weight=1"], "together .* got only hard_weight"),
     (["serving.port=99999"], "serving.port.*got 99999"),
     (["name=Not Good"], "name.*got 'Not Good'"),
     (["gate.calibration_range=[0,1]"], "gate.calibration_range.0"),
@@ -137,3 +141,27 @@ def test_settings_may_say_on_and_off(tmp_path: Path) -> None:
     assert distil is not None
     assert (distil.on, distil.autocast) == ("id", "off")
     assert settings.student.arms_refresh.self_training.on == "id"
+
+
+@pytest.mark.parametrize(
+    ("objective", "overrides", "expected"),
+    [
+        ("{alpha: 0.1}", ["hard_weight=0.3", "soft_weight=0.9"], (0.3, 0.9, 2.0)),
+        ("{hard_weight: 0.3, soft_weight: 0.9}", ["alpha=0.25"], (0.75, 0.25, 2.0)),
+        ("{preset: turc}", ["alpha=0.25"], (0.75, 0.25, 1.0)),
+        ("{preset: ctrbert}", ["soft_weight=0.9"], (0.5, 0.9, 2.0)),
+        ("{alpha: 0.1, temperature: 9}", ["preset=turc"], (0.0, 1.0, 1.0)),
+        ("{alpha: 0.1}", ["preset=turc", "temperature=3"], (0.0, 1.0, 3.0)),
+        ("{alpha: 0.1}", ["soft_weight.base=0.9", "hard_weight.base=0.3"], (0.3, 0.9, 2.0)),
+        ("{alpha: 0.1}", ["soft_weight=null"], (0.9, 0.1, 2.0)),
+    ],
+)
+def test_the_later_word_on_an_objective_wins(
+    objective: str, overrides: list[str], expected: tuple[float, float, float]
+) -> None:
+    path = "student.arms_refresh.objective"
+    settings = load_settings(
+        DEMO, overrides=[f"{path}={objective}", *(f"{path}.{each}" for each in overrides)]
+    )
+    found = settings.student.arms_refresh.objective
+    assert (*found.weights_at(1), found.temperature) == expected
