@@ -47,3 +47,7 @@ class TrainingError(DriftlineError):
 
 class RequestError(DriftlineError):
     """A scoring request that cannot be answered; becomes HTTP 4xx."""
+
+
+class DeliveryError(DriftlineError):
+    """A bundle cannot get the part in the traffic that was asked for."""

@@ -15,7 +15,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -26,11 +26,13 @@ from filelock import FileLock, Timeout
 from driftline.platform.artefacts import read_json, write_json
 from driftline.platform.errors import (
     BundleError,
+    DriftlineError,
     MissingArtefactError,
     ResourceError,
     SettingsError,
 )
 from driftline.platform.settings import DriftlineSettings
+from driftline.platform.traffic import TRAFFIC, Traffic, read_traffic, write_traffic
 from driftline.platform.windows import format_time, parse_time
 from driftline.platform.workspace import Workspace
 
@@ -43,6 +45,10 @@ CHALLENGER: Final = "challenger"
 POINTER: Final = "CHAMPION"
 LINEAGE: Final = "lineage."
 LOCK_SECONDS: Final = 120
+DAMAGED: Final = (DriftlineError, ValueError, LookupError, TypeError)
+"""What reading a pointer raises that someone edited."""
+MAX_BEFORE: Final = 20
+"""Earlier champions that the pointer remembers."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,8 @@ class ChampionPointer:
     fingerprint: str
     path: Path
     promoted_at: datetime | None
+    before: tuple[int, ...] = ()
+    """Versions that were champion before, the newest first; what rolling back goes through."""
 
 
 def read_champion(bundles: Path) -> ChampionPointer | None:
@@ -86,7 +94,15 @@ def read_champion(bundles: Path) -> ChampionPointer | None:
         fingerprint=pointer["fingerprint"],
         path=(bundles / pointer["bundle"]).resolve(),
         promoted_at=parse_time(moment) if moment else None,
+        before=tuple(pointer.get("before", ())),
     )
+
+
+@dataclass
+class TrafficChange:
+    """What is live beside the champion, to be changed: assign to ``after``."""
+
+    after: Traffic
 
 
 class Registry:
@@ -182,6 +198,26 @@ class Registry:
         with self._lock():
             self._get(version)
             self._decide(version, "refused", decided_at=decided_at, reasons=reasons)
+
+    @contextmanager
+    def traffic(self, *, by: str, now: datetime) -> Iterator["TrafficChange"]:
+        """Change what is live beside the champion; written when the block ends well.
+
+        Args:
+            by: Who changes it.
+            now: Wall time.
+        """
+        with self._lock():
+            before = None
+            try:
+                before = read_traffic(self.workspace.bundles)
+            except DAMAGED as error:
+                logger.warning("%s is damaged and will be replaced: %s", TRAFFIC, error)
+            change = TrafficChange(before or Traffic())
+            yield change
+            if change.after != before:
+                after = replace(change.after, changed_at=now, by=by)
+                write_traffic(self.workspace.bundles, after)
 
     def publish_pointer(self) -> None:
         """Make ``bundles/CHAMPION`` agree with the registry."""
@@ -368,5 +404,21 @@ class Registry:
                 "fingerprint": bundle.fingerprint,
                 "bundle": str(path.relative_to(bundles) if inside else path),
                 "promoted_at": format_time(moment) if moment else None,
+                "before": list(self._before(bundle.version)),
             },
         )
+
+    def _before(self, version: int) -> tuple[int, ...]:
+        """Champions before this one; rolling back forgets those that it passes over."""
+        try:
+            now = read_champion(self.workspace.bundles)
+        except DAMAGED as error:
+            logger.warning("%s is damaged and will be replaced: %s", POINTER, error)
+            now = None
+        if now is None:
+            return ()
+        if now.version == version:
+            return now.before
+        if version in now.before:
+            return now.before[now.before.index(version) + 1 :]
+        return (now.version, *now.before)[:MAX_BEFORE]
