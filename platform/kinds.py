@@ -5,8 +5,11 @@ found because it is a subclass. A package of the user's own makes its module kno
 in the group ``driftline.kinds``, so that workers on other machines find it too.
 """
 
+import hashlib
+import inspect
 from collections.abc import Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, Final, Self, get_args
 
 from pydantic import GetCoreSchemaHandler
@@ -15,6 +18,7 @@ from pydantic_core import CoreSchema, core_schema
 from driftline.platform.data_settings import Settings
 
 GROUP: Final = "driftline.kinds"
+OURS: Final = "driftline."
 
 
 class Kind(Settings):
@@ -92,6 +96,28 @@ class Kind(Settings):
                 if name not in found or _full_name(found[name]) == _full_name(kind):
                     found[name] = kind
         return found
+
+
+def foreign_code(settings: Any) -> dict[str, str]:
+    """Hash of the source file of each kind in these settings that is not ours, by its class.
+
+    Settings say which loss of the user's own is meant, not what it computes: without this, results
+    of a former version of it would be taken for those of the present one. Ours count by the
+    ``FORMAT`` of whatever uses them.
+    """
+    found: dict[str, str] = {}
+    if isinstance(settings, Kind) and not type(settings).__module__.startswith(OURS):
+        source = inspect.getsourcefile(type(settings))
+        content = Path(source).read_bytes() if source and Path(source).is_file() else b""
+        found[_full_name(type(settings))] = hashlib.sha256(content).hexdigest()
+    if isinstance(settings, Settings):
+        settings = [getattr(settings, name) for name in type(settings).model_fields]
+    if isinstance(settings, Mapping):
+        settings = list(settings.values())
+    if isinstance(settings, list | tuple):
+        for part in settings:
+            found |= foreign_code(part)
+    return found
 
 
 def _base(kind: type[Kind]) -> type[Any]:

@@ -10,6 +10,7 @@ import torch
 from driftline.platform.artefacts import hash_file, hash_value
 from driftline.platform.examples import hash_examples
 from driftline.platform.inputs import ClickInputs, open_inputs
+from driftline.platform.kinds import foreign_code
 from driftline.platform.models.spec import ModelSpec, parse_spec
 from driftline.platform.multi_task import TaskExamples, check_tasks
 from driftline.platform.settings import ObjectiveSettings, StageSettings
@@ -146,8 +147,10 @@ class StageJob:
             *((examples, path) for path in (self.examples, self.validation)),
             *((hash_file, path) for path in (self.texts, self.vectors, *self.initial)),
         ]
+        code = foreign_code([self.objective, self.stage, [task.objective for task in self.tasks]])
         return hash_value(
-            {
+            ({"code": code} if code else {})
+            | {
                 "format": FORMAT,
                 "torch": torch.__version__,
                 "model": self.model.model_dump(mode="json"),

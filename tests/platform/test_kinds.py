@@ -1,5 +1,6 @@
 """Kinds: named in YAML, ours and those of installed packages, as the page in the README says."""
 
+import inspect
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from driftline.platform.distillation.matches import Match
 from driftline.platform.distillation.schedules import LinearDecay, Schedule
 from driftline.platform.distillation.soft_losses import KlLoss, SoftLoss
 from driftline.platform.initialisers import Initialiser
+from driftline.platform.kinds import foreign_code
 from driftline.platform.objective import click_loss
 from driftline.platform.settings import ArmsRefreshSettings
 
@@ -102,6 +104,22 @@ def test_the_page_works_as_it_stands(installed: Path) -> None:
     )
     assert elsewhere.returncode == 0, elsewhere.stderr
     assert json.loads(elsewhere.stdout) == [dumped, pytest.approx(losses.tolist(), abs=1e-6)]
+
+
+def test_an_objective_is_known_by_the_code_of_its_own_kinds_too(installed: Path) -> None:
+    strategy = ArmsRefreshSettings.model_validate(yaml.safe_load(block("yaml")))
+    before = foreign_code(strategy)
+    assert {name.split(".")[0] for name in before} == {"my_kinds"}
+    own = [strategy.objective.soft, strategy.objective.matches[0], strategy.init]
+    assert {f"my_kinds.{type(kind).__name__}" for kind in own} <= before.keys()
+    source = inspect.getsourcefile(type(strategy.init))  # read once for all tests
+    assert source is not None
+    with Path(source).open("a") as module:
+        module.write("\n# another version\n")
+    after = foreign_code(strategy)
+    assert before.keys() == after.keys()
+    assert not set(before.values()) & set(after.values())
+    assert foreign_code(ArmsRefreshSettings()) == {}
 
 
 class SmallNursery:
