@@ -51,9 +51,8 @@ class Projected:
     @classmethod
     def open(cls, folder: Path) -> Self:
         """Map both tables: at once, whatever their size, and shared by the processes of a node."""
-        return cls(
-            np.load(folder / PAGE_FILE, mmap_mode="r"), np.load(folder / AD_FILE, mmap_mode="r")
-        )
+        page, ad = (np.load(folder / name, mmap_mode="r") for name in (PAGE_FILE, AD_FILE))
+        return cls(np.asarray(page), np.asarray(ad))  # plain arrays are quicker to index
 
     def save(self, folder: Path) -> None:
         """Write both tables as plain ``.npy``."""

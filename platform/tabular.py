@@ -146,7 +146,7 @@ class TabularEncoder:
         """Rows of each category's embedding table. ``[C]``."""
         return tuple(category.capacity for category in self.categories)
 
-    @property
+    @cached_property
     def num_numbers(self) -> int:
         """F: each numeric column gives its value, a missing flag, and its pieces if it has any."""
         return sum(2 + number.num_pieces for number in self.numbers)
@@ -201,10 +201,9 @@ class TabularEncoder:
         numbers_BF[:, :num] = np.where(missing_NB, 0, self._scaled(raw_NB)).T
         numbers_BF[:, num : 2 * num] = missing_NB.T
         place = 2 * num
-        for number, values in zip(self.numbers, raw_NB, strict=True):
-            if number.num_pieces:
-                numbers_BF[:, place : place + number.num_pieces] = number.pieces(values)
-                place += number.num_pieces
+        for row, number in self._in_pieces:
+            numbers_BF[:, place : place + number.num_pieces] = number.pieces(raw_NB[row])
+            place += number.num_pieces
         return numbers_BF
 
     def _scaled(self, raw_NB: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -219,6 +218,11 @@ class TabularEncoder:
         scaled_NB -= mean_N1
         scaled_NB /= deviation_N1
         return np.clip(scaled_NB, -LIMIT, LIMIT, out=scaled_NB)
+
+    @cached_property
+    def _in_pieces(self) -> list[tuple[int, NumberScaler]]:
+        """Columns that are also given piece by piece."""
+        return [(row, number) for row, number in enumerate(self.numbers) if number.num_pieces]
 
     @cached_property
     def _transformed(self) -> dict[Transform, NDArray[np.int64]]:

@@ -46,8 +46,9 @@ class _Source:
 
     part: int
     alias: str
-    numbers: NDArray[np.int64]
-    """Columns of the table that the head reads, in the side's order."""
+    num_numbers: int
+    columns: NDArray[np.int64] | None
+    """Columns of the table that the head reads, in the side's order; all of them: ``None``."""
     categories: tuple[tuple[str, str], ...]
     """Names as the head and as the table know them."""
 
@@ -77,7 +78,8 @@ class _Side:
                     order += [named[place] for place in at]
                     pairs = ((f"{alias}__{name}", name) for name in part.wanted.categories)
                     read_too = tuple(pair for pair in pairs if pair[0] in categories)
-                    sources.append(_Source(index, alias, np.array(at, np.int64), read_too))
+                    columns = None if len(at) == len(named) else np.array(at, np.int64)
+                    sources.append(_Source(index, alias, len(at), columns, read_too))
         own = list(read.context_kinds) if page else []
         context = (
             tuple(name for name in own if name in numbers),
@@ -124,7 +126,7 @@ class RequestScorer:
         page_rows, ad_rows = scorer.vectors.rows(page_ids), scorer.vectors.rows(ad_ids)
         page_1V += scorer.projected.page[page_rows]
         page_1V += scorer.fused.bias
-        states_BV += scorer.projected.ad[ad_rows]
+        states_BV += scorer.projected.ad.take(ad_rows, axis=0)
         states_BV += page_1V
         logits_B2 = scorer.fused.finish(states_BV).astype(np.float64)
         return RequestScore(
@@ -148,18 +150,20 @@ class RequestScorer:
         for source in side.sources:
             part = read.parts[source.part]
             table, slots = part.found.table, part.slots(source.alias)
-            start, end = end, end + len(source.numbers)
+            start, end = end, end + source.num_numbers
             if end > start:
-                raw_NK[start:end] = table.numbers[slots].T[source.numbers]
+                found_NK = table.numbers.take(slots, axis=0).T
+                raw_NK[start:end] = found_NK if source.columns is None else found_NK[source.columns]
             for column, name in source.categories:
-                places.append(self._map(table, column, name)[table.categories[name][0][slots]])
+                codes = table.categories[name][0].take(slots)
+                places.append(self._map(table, column, name).take(codes))
         numbers, categories = side.context
         for place, name in enumerate(numbers, start=end):
             value = read.context.get(name)
             raw_NK[place] = np.nan if value is None else value
         states_KV = side.numbers.normalise(raw_NK) @ side.weights
         for rows in places:
-            states_KV += fused.categories[rows]
+            states_KV += fused.categories.take(rows, axis=0)
         for name in categories:
             category, first = self._categories[name]
             states_KV += fused.categories[first + category.number(read.context.get(name))]
