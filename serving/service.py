@@ -178,14 +178,21 @@ class BundleService:
         try:
             routes = self._routes()
             request = form.read(body, routes.parser)
-            answer = self._route(routes, request, parse_seconds=time.perf_counter() - started)
+            parse_seconds = time.perf_counter() - started
+            answer = self._route(routes, request, parse_seconds=parse_seconds, form=form.name)
             self._recent.append(request)
             return answer
         except RefusedRequestError as error:
+            self.refused(error)
+            raise
+
+    def refused(self, error: RefusedRequestError) -> None:
+        """A request was refused, here or by a face: count it and tell the observers, once."""
+        if not error.told:
+            error.told = True
             self._num_refused += 1
             for observer in self._observers:
                 observer.refused(error)
-            raise
 
     def sent(self, answer: Answer) -> None:
         """The answer has been handed to the client: count it, and tell the observers."""
@@ -211,12 +218,14 @@ class BundleService:
             )
         return routes
 
-    def _route(self, routes: Routes, request: ScoreRequest, *, parse_seconds: float) -> Answer:
+    def _route(
+        self, routes: Routes, request: ScoreRequest, *, parse_seconds: float, form: str
+    ) -> Answer:
         """Choose a bundle and score; where the canary cannot, its stand-in does."""
         live = routes.choose(request)
         if live is routes.canary:
             try:
-                answer = self._answer(live, request, parse_seconds=parse_seconds)
+                answer = self._answer(live, request, parse_seconds=parse_seconds, form=form)
                 if _is_number(answer):
                     return answer
             except RefusedRequestError:
@@ -227,14 +236,16 @@ class BundleService:
             assert routes.stand_in is not None
             live = routes.stand_in
         try:
-            return self._answer(live, request, parse_seconds=parse_seconds)
+            return self._answer(live, request, parse_seconds=parse_seconds, form=form)
         except RefusedRequestError:
             raise
         except Exception:
             self._arms.failed(live)
             raise
 
-    def _answer(self, live: LiveBundle, request: ScoreRequest, *, parse_seconds: float) -> Answer:
+    def _answer(
+        self, live: LiveBundle, request: ScoreRequest, *, parse_seconds: float, form: str = "json"
+    ) -> Answer:
         started = time.perf_counter()
         now, read = self._read(request)
         have_read = time.perf_counter()
@@ -255,6 +266,7 @@ class BundleService:
                 "fuse": time.perf_counter() - have_read,
             },
             features_as_of=read.as_of,
+            form=form,
         )
 
     def _read(self, request: ScoreRequest) -> tuple[datetime, OnlineRead]:

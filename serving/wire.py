@@ -16,6 +16,8 @@ class WireForm(Protocol):
     """One form of the body of ``POST /v1/score``, told apart by its content type."""
 
     content_type: str
+    name: str
+    """Short, for logs and metrics."""
 
     def read(self, body: bytes, parser: RequestParser) -> ScoreRequest:
         """The request in a body; raises ``RefusedRequestError``."""
@@ -28,6 +30,7 @@ class JsonForm:
     """JSON in, JSON out."""
 
     content_type = JSON
+    name = "json"
 
     def read(self, body: bytes, parser: RequestParser) -> ScoreRequest:
         """See ``RequestParser.parse``."""
