@@ -23,7 +23,7 @@ from filelock import FileLock
 from driftline.features.definitions import VERSION_TAG, feast_objects, feast_project
 from driftline.features.online_plan import ViewPlan, plan_view
 from driftline.features.paths import materialized_path, online_folder, project_name
-from driftline.features.views import View, feature_views
+from driftline.features.views import View, feature_view_versions, feature_views
 from driftline.platform.artefacts import read_json, write_json
 from driftline.platform.errors import ContractError, MissingArtefactError
 from driftline.platform.settings import DriftlineSettings
@@ -47,11 +47,6 @@ class MaterializeReport:
     seconds: float
     views: Mapping[str, str]
     """By view: ``unchanged``, ``added`` (only what was new) or ``rebuilt``."""
-
-
-def feature_view_versions(settings: DriftlineSettings) -> dict[str, str]:
-    """Hash of each view's definition, by name; part of a bundle's identity."""
-    return {view.name: view.version for view in feature_views(settings)}
 
 
 def open_store(settings: DriftlineSettings) -> FeatureStore:

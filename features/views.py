@@ -53,6 +53,8 @@ class View:
     parameter_freshness: timedelta
     expires: bool
     """Whether a value older than ``value_freshness`` counts as missing; else it is flagged."""
+    refuses: bool
+    """Whether a request that would need such a value is refused."""
     version: str
     """Hash of all that decides what a stored value means."""
 
@@ -162,6 +164,7 @@ def _view(
         value_freshness=timedelta(hours=clocks.value_freshness_hours),
         parameter_freshness=timedelta(hours=clocks.parameter_freshness_hours),
         expires=expires,
+        refuses=clocks.on_stale == "refuse",
         version=hash_value(facts)[:16],
     )
 
@@ -188,3 +191,8 @@ def _check_names(settings: DriftlineSettings) -> None:
             f"features {taken} have the names of columns that Driftline derives itself; "
             "rename them in `features:` (and map the columns in `source.columns`)"
         )
+
+
+def feature_view_versions(settings: DriftlineSettings) -> dict[str, str]:
+    """Hash of each view's definition, by name; part of a bundle's identity."""
+    return {view.name: view.version for view in feature_views(settings)}

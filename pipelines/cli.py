@@ -168,7 +168,8 @@ def features_prepare(
 def features_apply(config: Config, set_: Set = None, json_: Json = False) -> None:
     """Register the Feast objects that follow from the contract."""
     from driftline.features.log import ImpressionLog
-    from driftline.features.store import apply, feature_view_versions
+    from driftline.features.store import apply
+    from driftline.features.views import feature_view_versions
 
     settings = _settings(config, set_)
     log = ImpressionLog.open(Workspace.of(settings).clean, settings)

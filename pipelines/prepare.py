@@ -3,22 +3,24 @@
 import logging
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 from driftline.features.counters import compute_counters
-from driftline.features.frames import build_frames
 from driftline.features.log import ImpressionLog
 from driftline.features.online import OnlineFeatures
-from driftline.features.store import MaterializeReport, apply, feature_view_versions, materialize
 from driftline.features.texts import write_product_sources
+from driftline.features.views import feature_view_versions
 from driftline.platform.artefacts import hash_file, hash_value, read_json, write_json
 from driftline.platform.columns import head_columns
 from driftline.platform.errors import SettingsError
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.windows import HOUR, Window, ceil_time, floor_time, format_time, parse_time
 from driftline.platform.workspace import Workspace, require
+
+if TYPE_CHECKING:
+    from driftline.features.store import MaterializeReport
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,9 @@ def _prepare(
     prepared_until = parse_time(done["end"]) if done.get("key") == key else log.span.start
     if prepared_until >= window.end:
         return
+    from driftline.features.frames import build_frames  # Feast: seconds to import
+    from driftline.features.store import apply
+
     missing = Window(prepared_until, window.end)
     write_product_sources(settings)
     compute_counters(settings, window=missing)
@@ -64,8 +69,10 @@ def _prepare(
     write_json(stamp, {"key": key, "end": format_time(window.end)})
 
 
-def materialize_features(settings: DriftlineSettings, *, as_of: datetime) -> MaterializeReport:
+def materialize_features(settings: DriftlineSettings, *, as_of: datetime) -> "MaterializeReport":
     """Put the newest values known at ``as_of`` into the online store."""
+    from driftline.features.store import materialize
+
     prepare_features(settings, as_of=floor_time(as_of, HOUR))
     return materialize(settings, as_of=as_of)
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from driftline.features.frames import read_frames
+from driftline.features.frame_files import read_frames
 from driftline.features.log import ImpressionLog
 from driftline.pipelines.peers import Peers
 from driftline.pipelines.plan import schedule

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 
-from driftline.features.frames import read_frames
+from driftline.features.frame_files import read_frames
 from driftline.features.log import ImpressionLog
 from driftline.pipelines.prepare import materialize_features
 from driftline.platform.bundle import Bundle

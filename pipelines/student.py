@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from driftline.features.log import ImpressionLog
-from driftline.features.store import feature_view_versions
+from driftline.features.views import feature_view_versions
 from driftline.pipelines.labels import SoftLabels, shift_prior
 from driftline.pipelines.provenance import code_version, settings_hash
 from driftline.pipelines.student_vocabulary import small_tokenizer

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from driftline.features.frames import read_frames
+from driftline.features.frame_files import read_frames
 from driftline.features.log import ImpressionLog
 from driftline.platform.columns import PRODUCT_ALIASES, TEXT_ID_COLUMNS
 from driftline.platform.contract import TIME

@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 from safetensors.torch import save_file
 
-from driftline.features.frames import read_frames
+from driftline.features.frame_files import read_frames
 from driftline.features.quality import check_log
 from driftline.features.simulate import simulate
 from driftline.features.store import materialize

@@ -10,8 +10,7 @@ import pytest
 from feast import Entity, FeatureService, FeatureView
 
 from driftline.features.definitions import feast_column, feast_objects, frame_sources
-from driftline.features.store import feature_view_versions
-from driftline.features.views import feature_views
+from driftline.features.views import feature_view_versions, feature_views
 from driftline.platform.columns import TEXT_ID_COLUMNS, head_columns
 from driftline.platform.errors import SettingsError
 from driftline.platform.settings import DriftlineSettings

@@ -14,7 +14,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from driftline.features.counters import compute_counters
-from driftline.features.frames import build_frames, frame_schema, read_frames
+from driftline.features.frame_files import frame_schema, read_frames
+from driftline.features.frames import build_frames
 from driftline.features.store import apply
 from driftline.features.texts import text_ids, write_product_sources
 from driftline.features.views import View, feature_views

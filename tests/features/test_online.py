@@ -14,7 +14,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from driftline.features.counters import compute_counters
-from driftline.features.frames import build_frames, read_frames
+from driftline.features.frame_files import read_frames
+from driftline.features.frames import build_frames
 from driftline.features.online import OnlineFeatures
 from driftline.features.online_views import FeastLookup, SnapshotLookup
 from driftline.features.store import apply, materialize, open_store

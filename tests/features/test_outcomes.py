@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from tests.tiny_market import AS_OF, tiny_settings
 
+from driftline.features.frame_files import read_frames
 from driftline.features.frame_keys import frame_keys
-from driftline.features.frames import read_frames
 from driftline.features.log import ImpressionLog
 from driftline.features.mind import check_columns as check_mind
 from driftline.features.parquet_log import ingest_parquet

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from tests.pipelines.conftest import NOW, small_settings
 
-from driftline.features.frames import read_frames
+from driftline.features.frame_files import read_frames
 from driftline.features.quality import check_log
 from driftline.features.simulate import simulate
 from driftline.features.texts import read_texts
@@ -220,7 +220,7 @@ def test_a_tensor_the_teacher_has_not_is_refused_before_the_pass(
 
 KILLED = """
 import json, os, shutil, signal, sys
-from driftline.features.frames import read_frames
+from driftline.features.frame_files import read_frames
 from driftline.pipelines.labels import SoftLabels
 from driftline.platform import label_store, teacher_memory
 from driftline.platform.artefacts import hash_files

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from driftline.features.frames import read_frames
+from driftline.features.frame_files import read_frames
 from driftline.pipelines.labels import SoftLabels, shift_prior
 from driftline.pipelines.provenance import settings_hash
 from driftline.pipelines.publish import champion_before, roll_back

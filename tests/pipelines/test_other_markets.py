@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from driftline.features.frames import read_frames
+from driftline.features.frame_files import read_frames
 from driftline.features.log import ImpressionLog
 from driftline.features.parquet_log import ingest_parquet
 from driftline.features.quality import check_log

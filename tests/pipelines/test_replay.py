@@ -7,7 +7,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from driftline.features.frames import read_frames
+from driftline.features.frame_files import read_frames
 from driftline.pipelines.replay import log_split, replay
 from driftline.platform.bundle import Bundle
 from driftline.platform.errors import SettingsError

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tests.tiny_market import AS_OF, TinyMarket, tiny_settings
 
-from driftline.features.frames import read_frames
+from driftline.features.frame_files import read_frames
 from driftline.features.texts import known_texts
 from driftline.pipelines.teacher_input import RowSerialiser, TeacherInput, teacher_columns
 from driftline.pipelines.training_sets import text_rows, write_pair_examples
