@@ -18,12 +18,16 @@ from ray.serve import Application
 from driftline.platform.errors import ResourceError
 from driftline.platform.settings import DriftlineSettings, Settings, load_settings, parse_settings
 from driftline.serving.asgi import HttpFace
+from driftline.serving.grpc_face import Encoded, GrpcFace
+from driftline.serving.guard import middlewares
+from driftline.serving.observation import Observation
 from driftline.serving.service import BundleService
 
 logger = logging.getLogger(__name__)
 
-MAX_ONGOING: Final = 1_000
-"""Requests handed to a replica at once; they wait in its own event loop, not in the router's."""
+MAX_ONGOING: Final = 10_000
+"""Requests handed to a replica at once, more than HAProxy has connections: who waits, and how long,
+is the business of our own line, and slow clients must not fill Ray Serve's."""
 
 
 class ServingAppSettings(Settings):
@@ -52,16 +56,33 @@ class ScoringReplica:
     """One copy of the application; holds a bundle and a feature snapshot of its own."""
 
     def __init__(self, market: dict[str, Any]) -> None:
+        middlewares()  # where Ray Serve does not call it itself: behind its own proxy
         torch.set_num_threads(1)  # requests run beside each other, not one on many cores
         settings = parse_settings(market, origin="of the Serve application")
         replica = f"{settings.name}-{uuid.uuid4().hex[:6]}"
-        self._max_bytes = settings.serving.max_request_bytes
-        self._service = BundleService(settings, replica=replica)
+        self._observation = Observation.of(settings, replica=replica, within_ray=True)
+        self._service = BundleService(
+            settings, replica=replica, observers=self._observation.observers
+        )
+        self._face = HttpFace(self._service, settings.serving, pages=self._observation.pages)
+        self._grpc = GrpcFace(self._service, settings.serving, line=self._face.line)
+        self._observation.follow(self._service.status, waiting=lambda: len(self._face.line))
         self._service.start()
+        self._observation.start()
+
+    def __del__(self) -> None:
+        """Ray Serve calls this when the replica goes: write what waits."""
+        if hasattr(self, "_service"):
+            self._observation.close()
+            self._service.stop()
 
     def __serve_build_asgi_app__(self) -> Callable[..., Any]:
         """Ray Serve asks for the ASGI application after construction."""
-        return HttpFace(self._service, max_request_bytes=self._max_bytes)
+        return self._face
+
+    async def Score(self, request: bytes, grpc_context: Any) -> Encoded:  # noqa: N802
+        """Ray Serve calls it by the method of ``serving/scoring.proto``."""
+        return await self._grpc.score(request, grpc_context)
 
     def check_health(self) -> None:
         """Ray Serve replaces a replica that raises here.

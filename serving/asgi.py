@@ -13,8 +13,15 @@ import orjson
 
 from driftline.platform.settings import ServingSettings
 from driftline.serving.answers import Answer
-from driftline.serving.limits import RETRY_SECONDS, HeldBytes, WaitingLine, poll, waited_too_long
+from driftline.serving.limits import (
+    RETRY_SECONDS,
+    HeldBytes,
+    WaitingLine,
+    body_too_large,
+    poll,
+)
 from driftline.serving.openapi import openapi_json, openapi_page
+from driftline.serving.paths import DOCS, HEALTH, OPENAPI, SCORE, STATUS
 from driftline.serving.requests import RefusedRequestError, refuse, show
 from driftline.serving.wire import JSON, JsonForm, WireForm
 from driftline.serving.wire_protobuf import ProtobufForm
@@ -23,8 +30,6 @@ Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 
-SCORE, STATUS, HEALTH = "/v1/score", "/v1/status", "/healthz"
-OPENAPI, DOCS = "/v1/openapi.json", "/docs"
 READ: Final = ("GET", "HEAD")
 METHODS: Final = {SCORE: ("POST",), **dict.fromkeys((STATUS, HEALTH, OPENAPI, DOCS), READ)}
 HTML: Final = "text/html; charset=utf-8"
@@ -89,7 +94,9 @@ class HttpFace:
         self._forms: dict[bytes, WireForm] = {}
         for form in (JsonForm(), ProtobufForm()):
             self._forms[form.content_type.encode()] = form
-        self._line = WaitingLine(max_waiting=settings.max_waiting)
+        self._line = WaitingLine(
+            max_waiting=settings.max_waiting, max_seconds=settings.request_timeout_seconds
+        )
         self._held = HeldBytes(max_bytes=MAX_HELD * settings.max_request_bytes)
 
     @property
@@ -144,7 +151,7 @@ class HttpFace:
         self._held.take(len(body))
         arrived = time.perf_counter()
         try:
-            await self._wait(time.monotonic())
+            await self._line.turn()
         finally:
             self._held.give_back(len(body))
         if (message := poll(receive)) is not None and message["type"] == GONE:
@@ -155,16 +162,8 @@ class HttpFace:
         content = form.write(answer)
         written = time.perf_counter()
         await _send(send, content, content_type=form.content_type.encode())
-        answer.stages.update(
-            wait=begun - arrived, write=written - scored, total=written - arrived
-        )
+        answer.stages.update(wait=begun - arrived, write=written - scored, total=written - arrived)
         self._service.sent(answer)
-
-    async def _wait(self, arrived: float) -> None:
-        await self._line.turn()
-        waited, allowed = time.monotonic() - arrived, self._settings.request_timeout_seconds
-        if waited > allowed:
-            raise waited_too_long(waited, allowed=allowed)
 
     def _form(self, headers: Mapping[bytes, bytes]) -> WireForm:
         """The form that the content type names."""
@@ -234,14 +233,7 @@ class HttpFace:
             self._held.give_back(len(body))
 
     def _too_large(self, num_bytes: int) -> RefusedRequestError:
-        max_bytes = self._settings.max_request_bytes
-        return refuse(
-            f"the body may have {max_bytes:,} bytes, got {num_bytes:,} or more",
-            status=413,
-            code="body_too_large",
-            allowed={"max_bytes": max_bytes},
-            hint="send fewer ads in each request, or raise serving.max_request_bytes",
-        )
+        return body_too_large(num_bytes, max_bytes=self._settings.max_request_bytes)
 
     # --- the other routes -----------------------------------------------------------------
 

@@ -25,10 +25,12 @@ class WaitingLine:
 
     Args:
         max_waiting: Longest line.
+        max_seconds: Longest wait; later, an answer is of no use.
     """
 
-    def __init__(self, *, max_waiting: int) -> None:
+    def __init__(self, *, max_waiting: int, max_seconds: float) -> None:
         self._max_waiting = max_waiting
+        self._max_seconds = max_seconds
         self._line: deque[asyncio.Future[None]] = deque()
         self._taken = False
 
@@ -49,7 +51,7 @@ class WaitingLine:
         """Wait until it is this request's turn to be scored.
 
         Raises:
-            RefusedRequestError: the line is full.
+            RefusedRequestError: the line is full, or the wait was too long.
         """
         loop = asyncio.get_running_loop()
         if not self._taken:
@@ -57,9 +59,12 @@ class WaitingLine:
             loop.call_soon(self._next, loop)
             return
         self.check()
-        place = loop.create_future()
+        arrived, place = loop.time(), loop.create_future()
         self._line.append(place)
         await place  # cancelled: the place stays in the line and is skipped
+        waited = loop.time() - arrived
+        if waited > self._max_seconds:
+            raise waited_too_long(waited, allowed=self._max_seconds)
 
     def _next(self, loop: asyncio.AbstractEventLoop) -> None:
         while self._line:
@@ -121,6 +126,17 @@ def waited_too_long(seconds: float, *, allowed: float) -> RefusedRequestError:
         code="timed_out",
         allowed={"request_timeout_seconds": allowed},
         hint=f"send it again after {RETRY_SECONDS} s; more replicas: serving.num_replicas",
+    )
+
+
+def body_too_large(num_bytes: int, *, max_bytes: int) -> RefusedRequestError:
+    """The refusal of a large request."""
+    return refuse(
+        f"the body may have {max_bytes:,} bytes, got {num_bytes:,} or more",
+        status=413,
+        code="body_too_large",
+        allowed={"max_bytes": max_bytes},
+        hint="send fewer ads in each request, or raise serving.max_request_bytes",
     )
 
 

@@ -48,6 +48,8 @@ class ServingHandle:
     process: subprocess.Popen[bytes] = field(repr=False)
     family: str = field(repr=False)
     scratch: Path = field(repr=False)
+    grpc_address: str | None = None
+    """Host and port of gRPC, where it is served."""
 
     @property
     def is_alive(self) -> bool:
@@ -115,6 +117,7 @@ def start_serving(
         process=process,
         family=family,
         scratch=scratch,
+        grpc_address=grpc_address(settings),
     )
 
 
@@ -215,10 +218,23 @@ def _run_application(settings: DriftlineSettings) -> None:
 
     options = {"host": settings.serving.host, "port": settings.serving.port}
     logging_config = {"enable_access_log": False, "log_level": "WARNING"}
-    serve.start(proxy_location="HeadOnly", http_options=options, logging_config=logging_config)
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options=options,
+        grpc_options=_grpc_options(settings),
+        logging_config=logging_config,
+    )
     serve.run(app(ServingAppSettings(market=settings)), name=application_name(settings))
     with ScoringClient(serving_url(settings)) as client:
         client.wait_until_up(seconds=READY_SECONDS)
+
+
+def _grpc_options(settings: DriftlineSettings) -> dict[str, Any] | None:
+    if settings.serving.grpc_port is None:
+        return None
+    from driftline.serving.grpc_face import SERVICER
+
+    return {"port": settings.serving.grpc_port, "grpc_servicer_functions": [SERVICER]}
 
 
 def _stop_application(settings: DriftlineSettings) -> None:
@@ -247,15 +263,28 @@ def application_name(settings: DriftlineSettings) -> str:
 
 
 def _check_port(settings: DriftlineSettings) -> None:
-    check_port(settings.serving.host, settings.serving.port, setting="serving.port")
+    serving = settings.serving
+    check_port(serving.host, serving.port, setting="serving.port")
+    if serving.grpc_port is not None:
+        check_port(serving.host, serving.grpc_port, setting="serving.grpc_port")
 
 
 def serving_url(settings: DriftlineSettings) -> str:
     """Where the application answers on this machine."""
-    host = settings.serving.host
+    return f"http://{_reachable(settings.serving.host)}:{settings.serving.port}"
+
+
+def grpc_address(settings: DriftlineSettings) -> str | None:
+    """Where it answers gRPC on this machine; ``None`` when it does not."""
+    if settings.serving.grpc_port is None:
+        return None
+    return f"{_reachable(settings.serving.host)}:{settings.serving.grpc_port}"
+
+
+def _reachable(host: str) -> str:
     if host in ("0.0.0.0", "::"):
         host = "127.0.0.1"
-    return f"http://{f'[{host}]' if ':' in host else host}:{settings.serving.port}"
+    return f"[{host}]" if ":" in host else host
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """Who waits for a turn, and who is turned away."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -9,7 +10,7 @@ from driftline.serving.requests import RefusedRequestError
 
 
 def test_turns_come_in_the_order_of_arrival_one_a_round_of_the_loop() -> None:
-    line, order = WaitingLine(max_waiting=10), []
+    line, order = WaitingLine(max_waiting=10, max_seconds=9), []
     rounds = 0
 
     async def count() -> None:
@@ -34,7 +35,7 @@ def test_turns_come_in_the_order_of_arrival_one_a_round_of_the_loop() -> None:
 
 
 def test_nobody_waits_when_nobody_is_there() -> None:
-    line = WaitingLine(max_waiting=1)
+    line = WaitingLine(max_waiting=1, max_seconds=9)
 
     async def main() -> None:
         for _ in range(3):
@@ -47,7 +48,7 @@ def test_nobody_waits_when_nobody_is_there() -> None:
 
 
 def test_one_more_than_may_wait_is_turned_away_at_once() -> None:
-    line = WaitingLine(max_waiting=3)
+    line = WaitingLine(max_waiting=3, max_seconds=9)
 
     async def main() -> list[object]:
         asked = [line.turn() for _ in range(6)]
@@ -61,8 +62,26 @@ def test_one_more_than_may_wait_is_turned_away_at_once() -> None:
     assert "3 requests wait already" in str(refused[0])
 
 
+def test_a_turn_that_comes_too_late_is_not_taken() -> None:
+    line = WaitingLine(max_waiting=3, max_seconds=0.01)
+
+    async def block() -> None:
+        time.sleep(0.02)  # somebody's turn takes long
+
+    async def main() -> list[object]:
+        asked = (line.turn(), line.turn(), block())
+        return list(await asyncio.gather(*asked, return_exceptions=True))
+
+    first, late, _ = asyncio.run(main())
+
+    assert first is None
+    assert isinstance(late, RefusedRequestError)
+    assert (late.status, late.code) == (503, "timed_out")
+    assert "for its turn, 0.01 s are allowed" in str(late)
+
+
 def test_who_gives_up_does_not_hold_up_the_line() -> None:
-    line = WaitingLine(max_waiting=10)
+    line = WaitingLine(max_waiting=10, max_seconds=9)
 
     async def main() -> None:
         await line.turn()
