@@ -17,6 +17,7 @@ from ray.serve import Application
 
 from driftline.platform.errors import ResourceError
 from driftline.platform.settings import DriftlineSettings, Settings, load_settings, parse_settings
+from driftline.serving.admin import with_administration
 from driftline.serving.asgi import HttpFace
 from driftline.serving.grpc_face import Encoded, GrpcFace
 from driftline.serving.guard import middlewares
@@ -60,6 +61,7 @@ class ScoringReplica:
         torch.set_num_threads(1)  # requests run beside each other, not one on many cores
         settings = parse_settings(market, origin="of the Serve application")
         replica = f"{settings.name}-{uuid.uuid4().hex[:6]}"
+        self._market = settings
         self._observation = Observation.of(settings, replica=replica, within_ray=True)
         self._service = BundleService(
             settings, replica=replica, observers=self._observation.observers
@@ -78,7 +80,7 @@ class ScoringReplica:
 
     def __serve_build_asgi_app__(self) -> Callable[..., Any]:
         """Ray Serve asks for the ASGI application after construction."""
-        return self._face
+        return with_administration(self._face, self._market, status=self._service.status)
 
     async def Score(self, request: bytes, grpc_context: Any) -> Encoded:  # noqa: N802
         """Ray Serve calls it by the method of ``serving/scoring.proto``."""

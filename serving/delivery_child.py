@@ -5,6 +5,7 @@ asked.
 """
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -36,6 +37,7 @@ def carry_out(delivery: Delivery, action: str, arguments: Mapping[str, Any]) -> 
 
 def main() -> None:
     """Entry: ``python -m driftline.serving.delivery_child``; JSON on stdin, and on stdout."""
+    os.nice(5)  # requests come first
     raw = json.load(sys.stdin)
     settings = parse_settings(raw["settings"], origin="of the server")
     delivery = Delivery(settings, by=raw["by"], via=raw["via"])
@@ -45,7 +47,7 @@ def main() -> None:
         answer = {"live": live_facts(Workspace.of(settings))}
     except DriftlineError as error:
         answer = {"error": {"type": type(error).__name__, "message": str(error)}}
-    sys.stdout.write(json.dumps(answer))
+    sys.stdout.write("\n" + json.dumps(answer))  # what libraries print comes before
 
 
 if __name__ == "__main__":
