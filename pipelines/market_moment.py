@@ -17,10 +17,10 @@ from driftline.platform.artefacts import hash_value
 from driftline.platform.columns import head_columns
 from driftline.platform.errors import SettingsError
 from driftline.platform.sampling import part_mask, request_keys, unit_hash
-from driftline.platform.settings import DriftlineSettings, StageSettings
+from driftline.platform.settings import DriftlineSettings
 from driftline.platform.tabular import TabularEncoder
 from driftline.platform.text import Tokenizer
-from driftline.platform.windows import Window, floor_time, format_time
+from driftline.platform.windows import HOUR, Window, floor_time, format_time
 from driftline.platform.workspace import Workspace
 
 FORMAT: Final = 1  # raise when the same settings would give other rows
@@ -101,10 +101,12 @@ class MarketMoment:
 
     @cached_property
     def tabular(self) -> TabularEncoder:
-        """Categories and scales as the recent rows have them; the same for every strategy."""
-        finetune = self.settings.student.arms_refresh.finetune or StageSettings()
+        """Categories and scales of all recent training rows, however few a strategy may use.
+
+        So it is the same for every strategy, and strategies that begin alike share their stages.
+        """
         return TabularEncoder.fit(
-            newest(self.id.train, finetune.max_rows),
+            self.id.train,
             head_columns(self.settings),
             num_bins=self.settings.student.head.num_bins,
         )
@@ -146,27 +148,46 @@ class MarketMoment:
         shaping = self.settings.model_dump(
             mode="json", exclude=left_out | {"student": {"arms_refresh", "head_refresh"}}
         )
-        arms = self.settings.student.arms_refresh
-        finetune = arms.finetune or StageSettings()
-        decided = (arms.window_hours, finetune.max_rows, format_time(self.as_of))
+        window_hours = self.settings.student.arms_refresh.window_hours
+        decided = (window_hours, format_time(self.as_of))
         return hash_value([FORMAT, shaping, decided])
 
 
 def default_moment(settings: DriftlineSettings, *, slice_hours: float, num_slices: int) -> datetime:
     """The last full hour after which the log still holds so many test slices.
 
+    Between the stale part and that moment there must be recent rows to learn from: as many hours
+    as a slice has, or the strategies' whole window where that is shorter; and in any case an hour
+    whose outcomes are known. Otherwise rows called recent would be stale ones.
+
     Raises:
-        SettingsError: that moment lies in the part of the log that the teacher learned from.
+        SettingsError: there are too few.
     """
     log = ImpressionLog.open(Workspace.of(settings).clean, settings)
-    length = timedelta(hours=slice_hours * num_slices)
-    moment = floor_time(log.span.end - length, timedelta(hours=1))
-    if moment < log.split.ood.end:
+    ood_end = log.split.ood.end
+    moment = floor_time(log.span.end - timedelta(hours=slice_hours * num_slices), HOUR)
+    needed = _recent_hours(settings, slice_hours)
+    if (moment - ood_end) / HOUR < needed:
+        recent = int((log.span.end - ood_end) / HOUR)
+        fitting = [
+            hours
+            for hours in range(1, recent)
+            if num_slices * hours + _recent_hours(settings, hours) <= recent
+        ]
+        smaller = f"set slice_hours to at most {fitting[-1]}, or " if fitting else ""
         raise SettingsError(
-            f"{num_slices} slices of {slice_hours:g} h need a recent part of at least "
-            f"{length}, the log has {log.split.id}; take a smaller slice_hours or split.ood_share"
+            f"the recent part of the log has {recent} h ({log.split.id}), which must hold "
+            f"{num_slices} test slices of {slice_hours:g} h (slice_hours of a search, test_hours "
+            f"of a study) and before them {needed:g} h of recent rows to learn from; {smaller}take "
+            "a smaller split.ood_share (with a new teacher) or a longer log"
         )
     return moment
+
+
+def _recent_hours(settings: DriftlineSettings, slice_hours: float) -> float:
+    """Length of what must lie between the stale part and the first test slice."""
+    known = (settings.labels.maturity + HOUR) / HOUR
+    return max(min(slice_hours, settings.student.arms_refresh.window_hours), known)
 
 
 def _bounded(rows: TrainingRows) -> TrainingRows:

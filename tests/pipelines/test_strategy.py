@@ -15,6 +15,7 @@ from driftline.pipelines.laboratory import Laboratory
 from driftline.pipelines.laboratory_rows import Rows
 from driftline.pipelines.market_moment import default_moment
 from driftline.pipelines.pseudo_labels import pseudo_labelled
+from driftline.pipelines.replay import log_split
 from driftline.pipelines.strategy import prepare_strategy, train_strategy
 from driftline.pipelines.strategy_matches import keep_features
 from driftline.pipelines.strategy_measures import TestSets, measure_student, measure_teacher
@@ -34,6 +35,7 @@ from driftline.platform.settings import (
     StudentSettings,
 )
 from driftline.platform.teacher_features import TeacherFeatures
+from driftline.platform.windows import HOUR
 from driftline.platform.workspace import Workspace
 
 Open = Callable[..., Laboratory]
@@ -86,6 +88,23 @@ def test_strategies_that_begin_alike_share_their_beginning(
     assert trained == ["finetune"]
     assert second.distilled == (first.weights,)
     assert sum(node.teacher_passes for node in second.nodes if node.made_now) == 0
+
+
+def test_beginnings_are_shared_however_few_rows_the_fine_tuning_may_see(
+    market: DriftlineSettings, laboratory: Open, base: ArmsRefreshSettings
+) -> None:
+    """Cells of a study carry their own strategy, so scales must not follow its ``max_rows``."""
+    trained = []
+    for name in ("PD", "PD-F"):
+        strategy = NAMED_STRATEGIES[name](base)
+        student = market.student.model_copy(update={"arms_refresh": strategy})
+        lab = laboratory(student=student)
+        nodes = train_strategy(lab, strategy).nodes
+        trained.append([node.name for node in nodes if node.result and node.made_now])
+    assert strategy.finetune is not None
+    assert strategy.finetune.max_rows is not None
+    assert lab.id.train.num_rows > strategy.finetune.max_rows
+    assert trained == [["mlm", "distil"], ["finetune"]]
 
 
 def test_a_strategy_run_again_or_elsewhere_gives_the_same_weights(
@@ -400,11 +419,36 @@ def test_a_set_without_clicks_needs_soft_labels(
 
 
 def test_a_slice_outside_the_log_is_refused(market: DriftlineSettings, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="need a recent part"):
+    with pytest.raises(SettingsError, match="recent part of the log has 12 h"):
         default_moment(market, slice_hours=24, num_slices=2)
     moment = default_moment(market, slice_hours=SLICE_HOURS, num_slices=2)
     with pytest.raises(SettingsError, match="inside the log"):
         Laboratory.open(market, as_of=moment, folder=tmp_path, seed=0, slice_hours=48, num_slices=1)
+
+
+@pytest.mark.parametrize(
+    ("slice_hours", "num_slices", "window_hours", "longest"),
+    [(6, 2, 168, 4), (4.5, 2, 168, 4), (6, 2, 2, 5), (7, 1, 168, 6)],
+)
+def test_recent_rows_to_learn_from_must_be_left_before_the_slices(
+    market: DriftlineSettings,
+    slice_hours: float,
+    num_slices: int,
+    window_hours: int,
+    longest: int,
+) -> None:
+    """Of 12 recent hours: slices that take all of them would leave stale rows as recent ones."""
+    arms = market.student.arms_refresh.model_copy(update={"window_hours": window_hours})
+    student = market.student.model_copy(update={"arms_refresh": arms})
+    settings = market.model_copy(update={"student": student})
+    with pytest.raises(SettingsError, match=f"set slice_hours to at most {longest}, or take"):
+        default_moment(settings, slice_hours=slice_hours, num_slices=num_slices)
+    moment = default_moment(settings, slice_hours=longest, num_slices=num_slices)
+    recent = moment - log_split(settings).ood.end
+    assert recent >= min(window_hours, longest) * HOUR
+    assert recent > settings.labels.maturity
+    with pytest.raises(SettingsError, match="set slice_hours to at most"):
+        default_moment(settings, slice_hours=longest + 1, num_slices=num_slices)
 
 
 def test_an_unknown_form_is_refused(laboratory: Open, base: ArmsRefreshSettings) -> None:
