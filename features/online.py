@@ -1,36 +1,40 @@
 """Features for one request: the same columns as a frame's row of that moment, in microseconds.
 
-With the embedded store nothing of Feast is loaded: views are immutable snapshots in memory, and
-:meth:`OnlineFeatures.refresh` swaps to newer ones by one assignment. With Redis the values come
-through Feast.
+Nothing of Feast is loaded. With the embedded store views are immutable snapshots in mapped files,
+and :meth:`OnlineFeatures.refresh` swaps to newer ones by one assignment. With Redis the values of
+products come from there, one round trip a request.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from driftline.features.online_freshness import MICROSECOND, Ages, StaleCounts, StaleTier
 from driftline.features.online_views import (
-    FeastLookup,
     Found,
     Key,
+    OnlineVersion,
     SnapshotLookup,
-    ViewLookup,
+    SnapshotVersion,
     Wanted,
+    empty_table,
 )
-from driftline.features.paths import materialized_path, online_folder
+from driftline.features.paths import materialized_path, online_folder, project_name
 from driftline.features.views import NO_TEXT, TEXT_ID, View, feature_views
 from driftline.platform.artefacts import read_json
 from driftline.platform.columns import PRODUCT_ALIASES, TEXT_ID_COLUMNS, head_columns
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.windows import format_time, parse_time
 
+if TYPE_CHECKING:
+    from driftline.features.online_redis import RedisSource
+
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-MICROSECOND: Final = timedelta(microseconds=1)
 
 Columns = dict[str, NDArray[Any]]
 
@@ -79,6 +83,11 @@ class OnlineRead:
     """The same for each ad. ``[B]``."""
     as_of: datetime | None = None
     """Moment up to which the store was known to be complete."""
+    refusal: StaleTier | None = None
+    """A tier with ``on_stale: refuse`` has a value that is too old: do not answer."""
+    store_unavailable: bool = False
+    """The online store did not answer: features are missing for that reason alone, and which
+    products are unknown cannot be told."""
 
     @cached_property
     def columns(self) -> Columns:
@@ -110,14 +119,6 @@ class OnlineRead:
         return columns
 
 
-@dataclass(frozen=True)
-class _Version:
-    """What a read sees; never changed, only replaced."""
-
-    lookups: Mapping[str, ViewLookup]
-    as_of: datetime | None
-
-
 class OnlineFeatures:
     """Reads features for requests; safe to share among threads. Get one by :meth:`open`."""
 
@@ -128,12 +129,9 @@ class OnlineFeatures:
             column.name: column.kind for column in head_columns(settings) if column.alias is None
         }
         self._category = settings.counters.category
-        self._store: Any = None
-        if settings.store.online == "redis":
-            # Feast takes seconds to import, and the embedded store does not need it.
-            from driftline.features.store import open_store
-
-            self._store = open_store(settings)
+        self._nothing = {one.view.name: empty_table(one) for one in self._wanted}
+        self._stale = StaleCounts()
+        self._redis = _redis(settings, self._wanted)
         self._version = self._look(None)
 
     @classmethod
@@ -154,12 +152,19 @@ class OnlineFeatures:
         """
         old = self._version
         new = self._look(old)
-        changed = new.as_of != old.as_of or any(
-            new.lookups[name] is not lookup for name, lookup in old.lookups.items()
-        )
-        if changed:
+        if new is not old:
             self._version = new
-        return changed
+        return new is not old
+
+    def counts(self) -> dict[str, Mapping[str, Any]]:
+        """What happened so far, for metrics.
+
+        ``stale``: values older than their tier allows, by tier and by what became of them
+        (``used``, ``defaulted``, ``refused``). ``store``: round trips to Redis (``reads``), those
+        that failed (``failures``), requests that did not try because it was away (``skipped``).
+        """
+        store = {} if self._redis is None else self._redis.counts()
+        return {"stale": self._stale.get(), "store": store}
 
     def read(
         self,
@@ -179,21 +184,28 @@ class OnlineFeatures:
         """
         version = self._version
         now_us = (now - EPOCH) // MICROSECOND
-        ages = _Ages()
+        ages = Ages(self._stale)
         unknown = np.ones(len(ads) + 1, bool)
-        keys: list[Key | None] = [page, *ads]
         parts = []
+        products = version.products([page, *ads])
+        away = products is None
         for wanted in self._wanted:
             if wanted.view.entity == "product":
-                found = version.lookups[wanted.view.name].find(keys)
+                found = self._none(wanted, len(ads) + 1)
+                if products is not None:
+                    found = products[wanted.view.name]
                 unknown &= found.slots < 0
                 parts.append(Part(wanted, ages.add(wanted.view, found, now_us)))
         groups = _Groups(parts, self._category)
         for wanted in self._wanted:
             if wanted.view.entity != "product":
-                found = version.lookups[wanted.view.name].find(groups.keys(wanted.view))
-                found = ages.add(wanted.view, found, now_us)
-                parts.append(Part(wanted, found, groups.rows))
+                keys = groups.keys(wanted.view)
+                group = None if away else version.group(wanted.view, keys)
+                away = group is None
+                found = self._none(wanted, len(keys)) if group is None else group
+                parts.append(Part(wanted, ages.add(wanted.view, found, now_us), groups.rows))
+        if products is None:
+            unknown[:] = False
         return OnlineRead(
             num_ads=len(ads),
             parts=tuple(parts),
@@ -203,6 +215,8 @@ class OnlineFeatures:
             unknown_page=bool(unknown[0]),
             unknown_ads=unknown[1:],
             as_of=version.as_of,
+            refusal=ages.refusal,
+            store_unavailable=away,
         )
 
     def status(self, *, now: datetime) -> dict[str, Any]:
@@ -215,29 +229,35 @@ class OnlineFeatures:
             "views": {
                 wanted.view.name: {
                     "tier": wanted.view.tier,
-                    "version": version.lookups[wanted.view.name].version(),
+                    "version": version.view_version(wanted.view.name),
                 }
                 for wanted in self._wanted
             },
+            "counts": self.counts(),
+            "store_away": self._redis is not None and self._redis.is_away,
         }
 
-    def _look(self, old: _Version | None) -> _Version:
-        if self._store is not None:
-            lookups: dict[str, ViewLookup] = {
-                wanted.view.name: FeastLookup(wanted, self._store) for wanted in self._wanted
-            }
-            if old is not None:
-                lookups = dict(old.lookups)
-            return _Version(lookups, self._read_as_of())
+    def _look(self, old: OnlineVersion | None) -> OnlineVersion:
+        """The newest version; ``old`` itself when there is no newer one."""
         as_of = self._read_as_of()  # before the snapshots, which are then at least as new
+        if self._redis is not None:
+            from driftline.features.online_redis import RedisVersion
+
+            assert old is None or isinstance(old, RedisVersion)
+            return self._redis.look(old, as_of=as_of)
+        assert old is None or isinstance(old, SnapshotVersion)
         folder = online_folder(self._settings)
         lookups = {}
         for wanted in self._wanted:
-            since = None if old is None else old.lookups[wanted.view.name]
-            assert since is None or isinstance(since, SnapshotLookup)
             name = wanted.view.name
+            since = None if old is None else old.lookups[name]
             lookups[name] = SnapshotLookup.open(folder / name, wanted, since=since)
-        return _Version(lookups, as_of)
+        new = SnapshotVersion(lookups, as_of)
+        return old if old is not None and new.equals(old) else new
+
+    def _none(self, wanted: Wanted, num: int) -> Found:
+        """Keys of a view about which nothing is known."""
+        return Found(self._nothing[wanted.view.name], np.full(num, -1, np.int64))
 
     def _read_as_of(self) -> datetime | None:
         path = materialized_path(self._settings)
@@ -246,6 +266,20 @@ class OnlineFeatures:
             state[name]["as_of"] for name in (w.view.name for w in self._wanted) if name in state
         ]
         return parse_time(min(times)) if len(times) == len(self._wanted) and times else None
+
+
+def _redis(settings: DriftlineSettings, wanted: Sequence[Wanted]) -> "RedisSource | None":
+    """The source of a market whose online store is Redis."""
+    if settings.store.online != "redis":
+        return None
+    from driftline.features.online_redis import RedisSource
+
+    return RedisSource(
+        wanted,
+        project=project_name(settings),
+        address=settings.store.redis_address,
+        timeout_ms=settings.store.redis_timeout_ms,
+    )
 
 
 class _Groups:
@@ -271,36 +305,6 @@ class _Groups:
             None if page is None or category is None else f"{page}|{category}"
             for category in self._categories
         ]
-
-
-class _Ages:
-    """Oldest value used by tier; expired values are taken out on the way."""
-
-    def __init__(self) -> None:
-        self._oldest: dict[str, float] = {}
-        self._stale: dict[str, bool] = {}
-
-    def add(self, view: View, found: Found, now_us: int) -> Found:
-        """Take note of the ages of a view's values; gives those that have not expired."""
-        known = found.slots >= 0
-        age_us = now_us - found.table.event_us[found.slots]
-        old = known & (age_us > view.value_freshness // MICROSECOND)
-        stale = bool(old.any())
-        if stale and view.expires:
-            known &= ~old
-            found = replace(found, slots=np.where(known, found.slots, -1))
-            stale = not known.any()
-        oldest = float(age_us[known].max()) / 1e6 if known.any() else np.nan
-        self._oldest[view.tier] = float(np.fmax(self._oldest.get(view.tier, np.nan), oldest))
-        self._stale[view.tier] = self._stale.get(view.tier, False) or stale
-        return found
-
-    def by_tier(self) -> dict[str, tuple[float, bool]]:
-        """Age in seconds (never below 0) and staleness of each tier."""
-        return {
-            tier: (max(age, 0.0) if age == age else age, self._stale[tier])
-            for tier, age in self._oldest.items()
-        }
 
 
 def _wanted(settings: DriftlineSettings) -> tuple[Wanted, ...]:

@@ -5,6 +5,7 @@ Shape suffixes: K requested keys, N keys of a snapshot, F numeric features.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -56,13 +57,20 @@ class Wanted:
     text_id: bool
 
 
-class ViewLookup(Protocol):
-    """Newest values of a view by key."""
+class OnlineVersion(Protocol):
+    """What all views hold at one moment, for one request."""
 
-    def find(self, keys: Keys) -> Found:
-        """Slots in the order of ``keys``; unknown keys and ``None`` have none."""
+    @property
+    def as_of(self) -> datetime | None:
+        """Moment up to which the store is known to be complete; ``None`` before the first time."""
 
-    def version(self) -> str | None:
+    def products(self, keys: Sequence[Key | None]) -> Mapping[str, Found] | None:
+        """Every view of products by name, in the order of ``keys``; ``None`` with no store."""
+
+    def group(self, view: View, keys: Sequence[Key | None]) -> Found | None:
+        """One view of categories; the same."""
+
+    def view_version(self, name: str) -> str | None:
         """Changes with every write; ``None`` before the first, or when it cannot be known."""
 
 
@@ -71,9 +79,9 @@ class SnapshotLookup:
 
     def __init__(self, wanted: Wanted, snapshot: Snapshot | None) -> None:
         """Take the columns of the wanted features."""
-        self._wanted = wanted
+        self.wanted = wanted
         self.snapshot = snapshot
-        self.table = _empty(wanted) if snapshot is None else _table(wanted, snapshot)
+        self.table = empty_table(wanted) if snapshot is None else _table(wanted, snapshot)
 
     @classmethod
     def open(
@@ -97,6 +105,35 @@ class SnapshotLookup:
         if self.snapshot is None:
             return Found(self.table, np.full(_length(keys), -1))
         return Found(self.table, self.snapshot.rows(keys))
+
+
+@dataclass(frozen=True)
+class SnapshotVersion:
+    """What requests see of the embedded store; never changed, only replaced."""
+
+    lookups: Mapping[str, SnapshotLookup]
+    as_of: datetime | None
+
+    def products(self, keys: Keys) -> Mapping[str, Found] | None:
+        """All views of products."""
+        return {
+            name: lookup.find(keys)
+            for name, lookup in self.lookups.items()
+            if lookup.wanted.view.entity == "product"
+        }
+
+    def equals(self, other: "SnapshotVersion") -> bool:
+        """Whether both hold the very same snapshots."""
+        same = (other.lookups[name] is lookup for name, lookup in self.lookups.items())
+        return self.as_of == other.as_of and all(same)
+
+    def group(self, view: View, keys: Keys) -> Found | None:
+        """A view of categories."""
+        return self.lookups[view.name].find(keys)
+
+    def view_version(self, name: str) -> str | None:
+        """Version of a view's snapshot."""
+        return self.lookups[name].version()
 
 
 class FeastLookup:
@@ -172,8 +209,8 @@ def _table(wanted: Wanted, snapshot: Snapshot) -> ViewTable:
     )
 
 
-def _empty(wanted: Wanted) -> ViewTable:
-    """A table without a key, for a view that was never materialised."""
+def empty_table(wanted: Wanted) -> ViewTable:
+    """A table without a key, for a view that was never materialised or cannot be read."""
     return ViewTable(
         event_us=np.zeros(1, np.int64),
         numbers=np.full((1, len(wanted.numbers)), np.nan, np.float32),

@@ -97,8 +97,10 @@ class Tier(Settings):
     """How old a served value may be; becomes Feast's TTL when stale values are not used."""
     parameter_freshness_hours: PositiveFloat
     """How old the weights that read these values may be; becomes a refresh cadence."""
-    on_stale: Literal["use", "default"] = "use"
-    """``use`` serves an older value and flags it; ``default`` treats it as missing."""
+    on_stale: Literal["use", "default", "refuse"] = "use"
+    """``use`` serves an older value and flags it; ``default`` treats it as missing; ``refuse``
+    answers no request that needs one (HTTP 503), so every product must be written that often.
+    Training treats ``refuse`` as ``use``: no such value is ever served."""
 
 
 class Tiers(Settings):

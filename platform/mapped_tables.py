@@ -33,7 +33,9 @@ def map_table(path: Path) -> Table:
         FileNotFoundError: no such file.
         ValueError: it is no ``.npy`` file, or it ends too early.
     """
-    return np.asarray(_open(path))  # not np.memmap, whose every view costs microseconds
+    table = np.asarray(_open(path))  # not np.memmap, whose every view costs microseconds
+    table.setflags(write=False)
+    return table
 
 
 def grow_table(path: Path, num_rows: int) -> Table:

@@ -60,8 +60,9 @@ class ServingSettings(Settings):
     ingress: Literal["haproxy", "proxy"] = "haproxy"
     """``haproxy`` puts the bundled HAProxy (Linux) in front of the replicas and turns on Ray
     Serve's throughput flags; ``proxy`` is Ray Serve's own Python proxy, slower but everywhere."""
-    max_request_bytes: PositiveInt = 1_000_000
-    """A larger body is refused unread (HTTP 413)."""
+    max_request_bytes: PositiveInt = 250_000
+    """A larger body is refused unread (HTTP 413). Room for a thousand ads with long names; reading a
+    body holds up the other requests of a replica, tens of milliseconds for a hostile one."""
     max_waiting: PositiveInt = 200
     """Requests that may wait for their turn in one replica; one more is answered 503 with
     ``Retry-After`` at once. At a millisecond each, 200 wait a fifth of a second."""
@@ -128,6 +129,9 @@ class StoreSettings(Settings):
     """SQLAlchemy address of the registry; a SQLite file in the workspace when not given."""
     online: Literal["snapshot", "redis"] = "snapshot"
     redis_address: str = "localhost:6379"
+    """``HOST:PORT`` and, after commas, ``db``, ``username``, ``password``, ``ssl=true``."""
+    redis_timeout_ms: PositiveFloat = 50.0
+    """Longest wait of a request for Redis; then its features are missing and it says so."""
     memory_limit: str = "4GB"
     threads: PositiveInt = 2
 

@@ -104,8 +104,11 @@ class Scored:
         """Why the page, and which ads by place, were not scored as usual.
 
         ``unknown_product``: in no table, all its features are missing and its vector is neutral.
-        ``neutral_text`` and ``encoded_text``: see :class:`Text`.
+        ``neutral_text`` and ``encoded_text``: see :class:`Text`. ``store_unavailable``: the online
+        store did not answer, so that all features are missing.
         """
+        if read.store_unavailable:
+            return "store_unavailable", dict.fromkeys(range(read.num_ads), "store_unavailable")
         page = "unknown_product" if read.unknown_page else _REASONS.get(self.page)
         ads = {place: _REASONS[text] for place, text in self.ads.items()}
         if read.unknown_ads.any():

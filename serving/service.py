@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from driftline.features.online import OnlineFeatures, OnlineRead
+from driftline.features.online_freshness import StaleTier
 from driftline.platform.bundle import Bundle
 from driftline.platform.errors import BundleError, DriftlineError
 from driftline.platform.settings import DriftlineSettings
@@ -143,7 +144,7 @@ class BundleService:
         context = dict.fromkeys(contract["context"])
         made_up = ScoreRequest(page=key, ads=(key,) * WARM_UP_ADS, context=context)
         for request in (made_up, *tuple(self._recent)):
-            answer = self._answer(live, request, parse_seconds=0.0)
+            answer = self._answer(live, request, parse_seconds=0.0, takes_stale=True)
             if not _is_number(answer):
                 raise ValueError(f"bundle {live.fingerprint} answers {answer.probabilities}")
             time.sleep(0)  # let go of the interpreter: requests come first
@@ -244,11 +245,19 @@ class BundleService:
             raise
 
     def _answer(
-        self, live: LiveBundle, request: ScoreRequest, *, parse_seconds: float, form: str = "json"
+        self,
+        live: LiveBundle,
+        request: ScoreRequest,
+        *,
+        parse_seconds: float,
+        form: str = "json",
+        takes_stale: bool = False,
     ) -> Answer:
         started = time.perf_counter()
         now, read = self._read(request)
         have_read = time.perf_counter()
+        if read.refusal is not None and not takes_stale:
+            raise stale_features(read.refusal)
         scored = live.prepared.score(read)
         page, ads = scored.fallbacks(read)
         return Answer(
@@ -317,6 +326,20 @@ class BundleService:
             **self._holder.status(),
             "shadows": self._shadows.status(),
         }
+
+
+def stale_features(stale: StaleTier) -> RefusedRequestError:
+    """The error for a request whose features are older than a tier with ``on_stale: refuse``."""
+    return refuse(
+        f"features of tier {stale.tier} are {stale.age_seconds:.0f} s old, and may be at most "
+        f"{stale.limit_seconds:.0f} s ({stale.num_values} values of this request are older)",
+        status=503,
+        code="stale_features",
+        field=stale.tier,
+        allowed={"age_seconds": stale.limit_seconds},
+        hint="materialise the features (`driftline features materialize CONFIG`; is `driftline up` "
+        f"running?), or set tiers.{stale.tier}.on_stale to use or default",
+    )
 
 
 def _is_number(answer: Answer) -> bool:

@@ -17,9 +17,10 @@ from driftline.features.counters import compute_counters
 from driftline.features.frame_files import read_frames
 from driftline.features.frames import build_frames
 from driftline.features.online import OnlineFeatures
-from driftline.features.online_views import FeastLookup, SnapshotLookup
+from driftline.features.online_views import FeastLookup, SnapshotLookup, SnapshotVersion
 from driftline.features.store import apply, materialize, open_store
 from driftline.features.texts import write_product_sources
+from driftline.features.views import feature_views
 from driftline.platform.columns import TEXT_ID_COLUMNS, head_columns
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.windows import HOUR, Window
@@ -202,11 +203,10 @@ def test_status_names_every_view(market: DriftlineSettings) -> None:
 
 def test_feast_gives_what_the_snapshot_gives(market: DriftlineSettings) -> None:
     store = open_store(market)
-    for wanted, lookup in zip(
-        OnlineFeatures.open(market)._wanted,
-        OnlineFeatures.open(market)._version.lookups.values(),
-        strict=True,
-    ):
+    features = OnlineFeatures.open(market)
+    version = features._version
+    assert isinstance(version, SnapshotVersion)
+    for wanted, lookup in zip(features._wanted, version.lookups.values(), strict=True):
         assert isinstance(lookup, SnapshotLookup)
         assert lookup.snapshot is not None
         keys = [*lookup.snapshot.keys().to_pylist(), None, "nobody", None]
@@ -246,3 +246,80 @@ def test_hourly_materialisation_adds_only_what_is_new(
     assert {len(view.materialization_intervals) for view in views} <= {1, 2}
     short = next(view for view in views if view.name == "product_short")
     assert short.materialization_intervals[-1][1] == hours[-1]
+
+
+def with_tier(settings: DriftlineSettings, name: str, **changes: object) -> DriftlineSettings:
+    tier = settings.tiers.short.model_copy(update=changes)
+    return settings.model_copy(update={"tiers": settings.tiers.model_copy(update={name: tier})})
+
+
+def test_a_value_older_than_its_tier_is_used_defaulted_or_refused_and_counted(
+    market: DriftlineSettings,
+) -> None:
+    limit = 30.0  # more than the oldest number of the log at its end
+    late = SPAN.end + (limit + 1) * HOUR
+    reads = {}
+    for handling in ("use", "default", "refuse"):
+        settings = with_tier(market, "short", on_stale=handling, value_freshness_hours=limit)
+        features = OnlineFeatures.open(settings)
+        before = features.read("p0", ["p1", "p2"], context={}, now=SPAN.end)
+        assert before.refusal is None
+        assert not any(features.counts()["stale"]["short"].values())
+        reads[handling] = features, features.read("p0", ["p1", "p2"], context={}, now=late)
+    counts = {name: features.counts()["stale"]["short"] for name, (features, _) in reads.items()}
+    number = counts["use"]["used"]
+    assert number >= 3  # the page and two ads, in each view of the tier
+    assert counts == {
+        "use": {"used": number, "defaulted": 0, "refused": 0},
+        "default": {"used": 0, "defaulted": number, "refused": 0},
+        "refuse": {"used": 0, "defaulted": 0, "refused": number},
+    }
+    used, defaulted, refused = (read for _, read in reads.values())
+    oldest = used.tiers["short"][0]
+    assert used.tiers["short"][1]
+    assert oldest >= 3600 * (limit + 1)
+    assert np.isnan(defaulted.tiers["short"][0])
+    assert used.refusal is None
+    assert defaulted.refusal is None
+    assert refused.refusal is not None
+    assert refused.refusal.tier == "short"
+    assert refused.refusal.age_seconds == oldest
+    assert refused.refusal.limit_seconds == 3600 * limit
+
+
+def test_refusing_is_no_other_feature_than_using(market: DriftlineSettings) -> None:
+    # A bundle trained under one may be served under the other.
+    using, refusing = (
+        feature_views(with_tier(market, "short", on_stale=handling))
+        for handling in ("use", "refuse")
+    )
+    assert [view.version for view in using] == [view.version for view in refusing]
+
+
+def test_what_a_read_holds_stays_as_it_was_while_materialisations_go_on(
+    tmp_path: Path, handmade_settings: MakeSettings, clean_log: WriteLog, market_of: MarketOf
+) -> None:
+    settings = handmade_settings(tmp_path)
+    rows = market_of(5, num_rows=60)
+    clean_log(settings, **rows)
+    prepare(settings, rows, pa.string())
+    features = OnlineFeatures.open(settings)
+    held = []
+    for hour in range(4, 10):
+        materialize(settings, as_of=START + hour * HOUR)
+        assert features.refresh()
+        read = features.read("p0", ["p1", "p2"], context={}, now=SPAN.end)
+        tables = [
+            (table, table.event_us.copy(), table.numbers.copy())
+            for table in (part.found.table for part in read.parts)
+        ]
+        held.append((read, {name: c.tolist() for name, c in read.columns.items()}, tables))
+    for read, columns, tables in held:
+        read.__dict__.pop("columns")  # put together anew from what the read holds
+        for name, column in read.columns.items():
+            assert repr(column.tolist()) == repr(columns[name]), name
+        for table, event_us, numbers in tables:
+            np.testing.assert_array_equal(table.event_us, event_us)
+            np.testing.assert_array_equal(table.numbers, numbers)
+            assert not table.numbers.flags.writeable
+    assert len({id(read.parts[0].found.table) for read, _, _ in held}) > 1

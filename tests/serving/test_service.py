@@ -334,3 +334,23 @@ def test_settings_that_travelled_as_json_name_the_same_features(market: TinyMark
 
     assert read == market.settings
     assert feature_views(read) == feature_views(market.settings)
+
+
+def test_a_tier_that_refuses_stale_values_answers_503_with_tier_and_age(
+    market: TinyMarket, first: Bundle, pointer: Path, serving_settings: Change
+) -> None:
+    market.promote(first)
+    materialize(market.settings, as_of=AS_OF)
+    medium = market.settings.tiers.medium.model_copy(update={"on_stale": "refuse"})
+    tiers = market.settings.tiers.model_copy(update={"medium": medium})
+
+    def asked(hours: float) -> dict[str, Any]:
+        settings = serving_settings(clock=AS_OF + timedelta(hours=hours))
+        return ask(looking(settings.model_copy(update={"tiers": tiers})), KNOWN, [KNOWN])
+
+    assert not asked(1)["features"]["medium"]["stale"]
+    with pytest.raises(RefusedRequestError, match=r"features of tier medium are .* old") as refused:
+        asked(medium.value_freshness_hours + 100)
+    assert (refused.value.status, refused.value.code) == (503, "stale_features")
+    assert refused.value.field == "medium"
+    assert refused.value.allowed == {"age_seconds": 3600 * medium.value_freshness_hours}
