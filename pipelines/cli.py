@@ -11,6 +11,7 @@ import typer
 
 from driftline.pipelines.console import Output, progress_bar, quiet_libraries, set_up_logging
 from driftline.pipelines.search_command import search
+from driftline.pipelines.skew_command import skew
 from driftline.platform.artefacts import read_json
 from driftline.platform.errors import DriftlineError, SettingsError
 from driftline.platform.settings import DriftlineSettings, load_settings
@@ -31,6 +32,7 @@ app.add_typer(ingest_app, name="ingest")
 app.add_typer(features_app, name="features")
 app.add_typer(refresh_app, name="refresh")
 app.command()(search)
+app.command()(skew)
 
 Config = Annotated[Path, typer.Argument(help="Settings file, e.g. configs/demo.yaml.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: a.b=value.")]
