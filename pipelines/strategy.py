@@ -146,6 +146,7 @@ class StrategyRun:
         self.laboratory.keep(match_keys(self.form, strategy))
         needs_teacher = isinstance(strategy.init, LayersStart)
         strategy.init.check(self.form.spec, self.stages.teacher_spec if needs_teacher else None)
+        strategy.init.check_sources(StudentNursery(self.stages, strategy))
         distil = strategy.distil
         if distil is None or strategy.objective.needs_teacher:
             return

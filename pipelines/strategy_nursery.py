@@ -9,7 +9,8 @@ from driftline.pipelines.strategy_stages import Stages
 from driftline.pipelines.teacher import open_tokenizer
 from driftline.platform.artefacts import hash_value
 from driftline.platform.models.spec import ModelSpec, TeacherSpec
-from driftline.platform.settings import ArmsRefreshSettings
+from driftline.platform.settings import ArmsRefreshSettings, ObjectiveSettings, StageSettings
+from driftline.platform.stage_teacher import FrozenTeacher
 from driftline.platform.stages import StageResult
 from driftline.platform.text import Tokenizer, serialise_table
 
@@ -38,9 +39,21 @@ class StudentNursery:
         """The frozen teacher and its weights."""
         return self.stages.teacher_spec, self.stages.laboratory.teacher.weights
 
-    def pretrain(self, spec: ModelSpec | None = None) -> Path:
+    def pretrain(self, spec: ModelSpec | None = None, *, keep_head: bool = False) -> Path:
         """Masked-language training of the student, or of another model over its texts."""
-        return self.stages.language(self.strategy.mlm, spec)
+        return self.stages.language(self.strategy.mlm, spec, keep_head=keep_head)
+
+    def imitate(
+        self,
+        teacher: FrozenTeacher,
+        objective: ObjectiveSettings,
+        *,
+        stage: StageSettings | None = None,
+        start: tuple[Path, ...] = (),
+    ) -> Path:
+        """Masked-language distillation of the student on its texts."""
+        recipe = stage or self.strategy.mlm
+        return self.stages.imitate(teacher, objective, stage=recipe, start=start)
 
     def supervise(self) -> Path:
         """Supervised training on stale clicks, from noise."""
@@ -71,6 +84,6 @@ class StudentNursery:
 
     @property
     def masked_teacher(self) -> Path | None:
-        """The teacher's encoder after masked-language training, if its folder keeps it."""
+        """The teacher's language model of before its clicks, if its folder keeps it."""
         path = self.stages.laboratory.teacher.path / MASKED
         return path if path.exists() else None

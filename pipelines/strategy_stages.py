@@ -1,7 +1,7 @@
 """The stages of a strategy: each becomes a job over rows of the laboratory, and a node of it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -34,12 +34,38 @@ class Stages:
         """What the frozen teacher is."""
         return TeacherSpec.model_validate(self.laboratory.teacher.manifest["spec"])
 
-    def language(self, stage: StageSettings, spec: ModelSpec | None = None) -> Path:
+    def language(
+        self, stage: StageSettings, spec: ModelSpec | None = None, *, keep_head: bool = False
+    ) -> Path:
         """Masked-language training of the student, or of another model over its texts."""
+        job = self._language_job(stage)
+        return self.train(replace(job, model=spec or job.model, keep_head=keep_head))
+
+    def imitate(
+        self,
+        teacher: FrozenTeacher,
+        objective: ObjectiveSettings,
+        *,
+        stage: StageSettings,
+        start: tuple[Path, ...],
+    ) -> Path:
+        """Masked-language distillation of the student (papers.md S3.5)."""
+        return self.train(
+            replace(
+                self._language_job(stage),
+                name="mlm_distil",
+                task="mlm_distil",
+                teacher=teacher,
+                objective=objective,
+                initial=start,
+            )
+        )
+
+    def _language_job(self, stage: StageSettings) -> StageJob:
         examples, validation = self.form.language()
-        job = StageJob(
+        return StageJob(
             name="mlm",
-            model=spec or self.form.spec,
+            model=self.form.spec,
             task="mlm",
             examples=examples,
             validation=validation,
@@ -48,7 +74,6 @@ class Stages:
             output=REPLACED,
             checkpoints=REPLACED,
         )
-        return self.train(job)
 
     def clicks(
         self, name: str, source: Source, stage: StageSettings, *, start: tuple[Path, ...]

@@ -43,7 +43,7 @@ from driftline.platform.workspace import Workspace, require
 logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
-MASKED = "masked.safetensors"  # the encoder before it saw a click, where there was such a stage
+MASKED = "masked.safetensors"  # before it saw a click, with its prediction head; if there was MLM
 MANIFEST = "manifest.json"
 MAX_VALIDATION_ROWS = 4_000
 
@@ -274,7 +274,8 @@ def _stages(
 
     stages = [job("supervised", settings.teacher.supervised)]
     if settings.teacher.mlm is not None:
-        stages.insert(0, replace(job("mlm", settings.teacher.mlm), task="mlm", stop_on="loss"))
+        mlm = replace(job("mlm", settings.teacher.mlm), task="mlm", stop_on="loss")
+        stages.insert(0, replace(mlm, keep_head=True))  # so that it can teach its language
     return stages
 
 

@@ -15,6 +15,8 @@ from driftline.platform.kinds import Kind
 
 if TYPE_CHECKING:
     from driftline.platform.models.spec import ModelSpec, TeacherSpec
+    from driftline.platform.settings import ObjectiveSettings, StageSettings
+    from driftline.platform.stage_teacher import FrozenTeacher
     from driftline.platform.stages import StageResult
     from driftline.platform.text import Tokenizer
 
@@ -34,10 +36,24 @@ class Nursery(Protocol):
     def teacher(self) -> "tuple[TeacherSpec, Path]":
         """The frozen teacher and its weights."""
 
-    def pretrain(self, spec: "ModelSpec | None" = None) -> Path:
+    def pretrain(self, spec: "ModelSpec | None" = None, *, keep_head: bool = False) -> Path:
         """Masked-language training on the product texts: weights of the encoders only.
 
-        Of the student, or of another model over the same texts.
+        Of the student, or of another model over the same texts; with ``keep_head`` also of the
+        prediction head: a deeper model may teach its language (``mlm_distil``) or give its layers.
+        """
+
+    def imitate(
+        self,
+        teacher: "FrozenTeacher",
+        objective: "ObjectiveSettings",
+        *,
+        stage: "StageSettings | None" = None,
+        start: tuple[Path, ...] = (),
+    ) -> Path:
+        """Masked-language distillation of the student on the same texts: its encoders only.
+
+        By the recipe of ``pretrain`` unless a stage is given.
         """
 
     def supervise(self) -> Path:
@@ -65,7 +81,7 @@ class Nursery(Protocol):
     def masked_teacher(self) -> Path | None:
         """``encoder.*`` of the teacher after masked-language training, before it saw a click.
 
-        None where the teacher had no such stage.
+        And ``predictor.*``, its prediction head. None where the teacher had no such stage.
         """
 
 
@@ -84,6 +100,16 @@ class Initialiser(Kind):
 
         Raises:
             SettingsError: widths, depths, vocabularies or files do not fit.
+        """
+        return
+
+    def check_sources(self, nursery: Nursery) -> None:
+        """Make sure that what this start is made of exists, before anything is trained.
+
+        Called where ``check`` is, for what only the market knows.
+
+        Raises:
+            SettingsError: it does not, or does not fit.
         """
         return
 
@@ -166,7 +192,7 @@ class TruncationStart(Initialiser):
         from driftline.platform.transplant import of_depth
 
         self.check(nursery.spec)
-        deeper = nursery.pretrain(of_depth(nursery.spec, self.num_layers))
+        deeper = nursery.pretrain(of_depth(nursery.spec, self.num_layers), keep_head=True)
         return (_cut(nursery, "truncated", deeper),)
 
 
@@ -222,23 +248,27 @@ class LayersStart(Initialiser):
             self.layers, num_student=student.num_layers, num_donor=num_layers, source=source
         )
 
+    def check_sources(self, nursery: Nursery) -> None:
+        """See ``Initialiser``."""
+        self.check(nursery.spec, None if self.source == "deeper" else nursery.teacher[0])
+        if self.source == "masked_teacher" and nursery.masked_teacher is None:
+            raise SettingsError(
+                "init.layers: source 'masked_teacher' needs teacher.mlm, which this teacher went "
+                "without; take source 'teacher'"
+            )
+
     def weights(self, nursery: Nursery) -> tuple[Path, ...]:
         """Encoders only."""
         from driftline.platform.transplant import of_depth
 
-        spec = nursery.spec
-        self.check(spec, None if self.source == "deeper" else nursery.teacher[0])
+        self.check_sources(nursery)
         if self.source == "deeper":
-            donor = nursery.pretrain(of_depth(spec, self._depth))
+            donor = nursery.pretrain(of_depth(nursery.spec, self._depth), keep_head=True)
         elif self.source == "teacher":
             donor = nursery.teacher[1]
         else:
             masked = nursery.masked_teacher
-            if masked is None:
-                raise SettingsError(
-                    "init.layers: source 'masked_teacher' needs teacher.mlm, which this teacher "
-                    "went without; take source 'teacher'"
-                )
+            assert masked is not None, "check_sources"
             donor = masked
         return (_cut(nursery, "picked-layers", donor, layers=self.layers),)
 

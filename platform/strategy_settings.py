@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeInt, model_validator
 
 from driftline.platform.data_settings import Settings
+from driftline.platform.distillation.language_start import MlmDistilStart
 from driftline.platform.initialisers import Initialiser, MlmStart, RandomStart
 from driftline.platform.objective_settings import ObjectiveSettings
 from driftline.platform.training_settings import SelfTrainingSettings, StageSettings
@@ -81,7 +82,7 @@ class ArmsRefreshSettings(Settings):
                 "self_training needs finetune, whose student gives the labels; set "
                 "self_training.enabled: false, or give a finetune stage"
             )
-        untrained = isinstance(self.init, RandomStart | MlmStart)
+        untrained = isinstance(self.init, RandomStart | MlmStart | MlmDistilStart)
         if self.distil is None and self.finetune is None and untrained:
             raise ValueError(
                 f"init {self.init.kind!r} without distil and finetune trains no head; give one of "

@@ -6,12 +6,16 @@ Shape suffixes: B texts, T tokens, P positions asked for, H hidden width, V voca
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from driftline.platform.checkpoints import load_weights
+from driftline.platform.distillation.anatomy import shape_of
 from driftline.platform.distillation.capture import Capture
 from driftline.platform.distillation.keys import FeatureKey
+from driftline.platform.distillation.matches import Match
+from driftline.platform.distillation.matching import Matching
 from driftline.platform.errors import SettingsError
 from driftline.platform.masked_language import encoders_of, roles_of
 from driftline.platform.models.build import build_model
@@ -74,14 +78,38 @@ def load_head(model: MaskedLanguageModel, weights: Sequence[Path]) -> bool:
     """
     found = False
     for path in weights:
-        with safe_open(path, framework="pt") as file:
-            has_head = any(name.startswith("predictor.") for name in file.keys())  # noqa: SIM118
-        if has_head:
+        if has_head(path):
             holder = nn.Module()
             holder.predictor = model.predictor
             load_weights(holder, path)
             found = True
     return found
+
+
+def has_head(path: Path) -> bool:
+    """Whether a file of weights holds a prediction head."""
+    with safe_open(path, framework="pt") as file:
+        return any(name.startswith("predictor.") for name in file.keys())  # noqa: SIM118
+
+
+def check_language_matches(
+    student: ModelSpec, teacher: ModelSpec, matches: Sequence[Match]
+) -> None:
+    """Make sure that the encoders of two language models can be matched; builds no weights.
+
+    Raises:
+        SettingsError: a match is impossible.
+    """
+    with torch.device("meta"):
+        encoders = [
+            encoders_of(build_model(each, pretrained=False))[0] for each in (student, teacher)
+        ]
+    shapes = [shape_of(encoder, tokens="same") for encoder in encoders]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            Matching(tuple(matches), *shapes)
+    except ValueError as error:
+        raise SettingsError(f"{error}") from error
 
 
 def check_language_teacher(student: ModelSpec, teacher: ModelSpec) -> None:

@@ -45,7 +45,7 @@ class SmallNursery:
     made: list[str] = field(default_factory=list)
     """Names of what was made, in order; what was there before is not made again."""
 
-    def pretrain(self, spec: ModelSpec | None = None) -> Path:
+    def pretrain(self, spec: ModelSpec | None = None, *, keep_head: bool = False) -> Path:
         model = spec or self.spec
         identity = hash_value(model.model_dump(mode="json"))[:8]
         stage = StageSettings(batch_size=20, learning_rate=1e-2, num_epochs=1)
@@ -54,6 +54,9 @@ class SmallNursery:
             self.made.append(f"mlm of {model.encoder.num_layers} layers")  # type: ignore[union-attr]
         run_stage(job)
         return job.output
+
+    def imitate(self, *_: Any, **__: Any) -> Path:
+        raise AssertionError("no initialiser of these asks for it")
 
     def supervise(self) -> Path:
         raise AssertionError("no initialiser of these asks for it")
