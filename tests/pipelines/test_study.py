@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -136,7 +137,7 @@ def test_a_tower_pre_trains_on_the_very_rows_it_is_distilled_on(place: Path) -> 
 
 
 def test_inner_matches_of_a_variant_reach_its_student(place: Path) -> None:
-    """A tower that also matches the teacher's hidden states ends elsewhere."""
+    """A tower that also matches the teacher's hidden states ends elsewhere, for the same pass."""
     changes = {
         "plain": {"preset": "turc"},
         "matched": {"preset": "turc", "matches": [{"kind": "hidden_mse", "weight": 10}]},
@@ -150,7 +151,12 @@ def test_inner_matches_of_a_variant_reach_its_student(place: Path) -> None:
         for name, objective in changes.items()
     }
     request = write(place, variants=variants, baseline="plain", seeds=[1], orderings=[])
+    (market,) = (place / "markets").iterdir()
+    shutil.rmtree(market / "labels")
     report = run_study(request, progress_bar=quiet)
+    records = (market / "laboratory" / "files").glob("*.json")
+    passes = sum(json.loads(path.read_text())["teacher_passes"] for path in records)
+    assert passes == sum(pq.read_metadata(p).num_rows for p in market.glob("labels/*/*.parquet"))
     auc, stages = {}, {}
     for path in (place / "tiny" / "trials").glob("*.json"):
         trial = json.loads(path.read_text())
