@@ -71,6 +71,19 @@ STALE_ANSWERS: Final = Series(
     "stale_answers", "counter", "Answers that met a value older than its tier allows.",
     ("tier", "policy"),
 )  # fmt: skip
+STALE_VALUES: Final = Series(
+    "stale_values", "counter",
+    "Values older than their tier allows, by what became of them: used, defaulted, refused.",
+    ("tier", "handling"),
+)  # fmt: skip
+STORE_REQUESTS: Final = Series(
+    "store_requests", "counter",
+    "Requests to a Redis online store: reads, failures, and those skipped while it was away.",
+    ("outcome",),
+)  # fmt: skip
+STORE_AWAY: Final = Series(
+    "store_away", "gauge", "1 while a Redis online store counts as dead, else 0."
+)
 BUNDLE: Final = Series("bundle", "info", "The bundles that answer.", ("role", "bundle", "version"))
 BUNDLE_LOADS: Final = Series("bundle_loads", "counter", "Bundles that went live.")
 BUNDLE_REFUSALS: Final = Series("bundle_refusals", "counter", "Bundles that could not be used.")

@@ -106,9 +106,7 @@ def service_samples(status: Mapping[str, Any]) -> Iterator[Sample]:
         yield Sample(series.BUNDLE, (live["role"], live["bundle"], str(live["version"])), 1.0)
     yield Sample(series.BUNDLE_LOADS, (), status["loads"])
     yield Sample(series.BUNDLE_REFUSALS, (), status["refusals"])
-    behind = status["features"]["seconds_behind"]
-    if behind is not None:
-        yield Sample(series.FEATURES_BEHIND, (), behind)
+    yield from _feature_samples(status["features"])
     shadows = status["shadows"]
     yield Sample(series.SHADOW_DROPPED, (), shadows["dropped"])
     yield Sample(series.SHADOW_WAITING, (), shadows["waiting"])
@@ -122,3 +120,15 @@ def service_samples(status: Mapping[str, Any]) -> Iterator[Sample]:
         ):
             if shadow[key] is not None:
                 yield Sample(name, labels, shadow[key])
+
+
+def _feature_samples(features: Mapping[str, Any]) -> Iterator[Sample]:
+    behind = features["seconds_behind"]
+    if behind is not None:
+        yield Sample(series.FEATURES_BEHIND, (), behind)
+    for tier, handlings in features["counts"]["stale"].items():
+        for handling, count in handlings.items():
+            yield Sample(series.STALE_VALUES, (tier, handling), count)
+    for outcome, count in features["counts"]["store"].items():
+        yield Sample(series.STORE_REQUESTS, (outcome,), count)
+    yield Sample(series.STORE_AWAY, (), float(features["store_away"]))
