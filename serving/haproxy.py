@@ -6,8 +6,8 @@ becomes HAProxy. So:
 
 - statistics and metrics of HAProxy are reached from this machine only (Ray: from everywhere);
 - a client that is slow with its headers, or with a body of up to 16 KB, is given up (Ray: never);
-- what HAProxy itself answers has our JSON body, and is 503 with ``Retry-After`` while there is no
-  replica (Ray: a bare 500).
+- what HAProxy itself answers to a request has our JSON body, and is 503 with ``Retry-After`` while
+  there is no replica (Ray: a bare 500). What is no HTTP gets HAProxy's own page, still 400 or 408.
 """
 
 import json
@@ -24,6 +24,8 @@ PLAIN: Final = {
     400: ("Bad Request", "malformed_http", "the request is not HTTP, or its headers are too many"),
     408: ("Request Timeout", "request_too_slow", "the request did not arrive in time"),
 }
+METHODS: Final = "GET HEAD POST PUT PATCH DELETE OPTIONS TRACE CONNECT"
+"""Others are refused here: the server behind would not say so in our form."""
 UNREACHABLE: Final = (500, 502, 503, 504)
 
 
@@ -44,8 +46,10 @@ def haproxy_launcher(folder: Path, settings: ServingSettings, *, binary: str) ->
     away = _answer(503, "Service Unavailable", "no_replica", "no replica answers at the moment")
     (bodies / "503.http").write_bytes(away)
     lines += [f"errorfile {status} {bodies / '503.http'}" for status in UNREACHABLE]
-    missing = bodies / "404.json"
+    missing, unknown = bodies / "404.json", bodies / "405.json"
     missing.write_bytes(_body(404, "unknown_path", "there is nothing at this path"))
+    unknown.write_bytes(_body(405, "wrong_method", "no path takes this method"))
+    strange = f"http-request return status 405 content-type application/json file {unknown}"
     not_found = "    http-request return status 404 content-type"
     edits = folder / "haproxy.sed"
     edits.write_text(
@@ -56,9 +60,11 @@ def haproxy_launcher(folder: Path, settings: ServingSettings, *, binary: str) ->
                 r"/^    errorfile /d",
                 r"/^    timeout http-request /d",
                 r"/^    option http-buffer-request$/d",
+                r"/^    http-request return status 405 /d",
                 rf"s|^{not_found} text/plain .*|{not_found} application/json file {missing}|",
                 *(rf"/^defaults$/a\    {line}" for line in lines),
                 r"/^frontend http_frontend$/a\    option http-buffer-request",
+                rf"/^frontend http_frontend$/a\    {strange} unless {{ method {METHODS} }}",
                 "",
             ]
         )

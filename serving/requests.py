@@ -8,6 +8,7 @@ as such in half the time (``plain_requests.py``); all others go through the mode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from reprlib import Repr
 from typing import Annotated, Any, Final, Literal
 
 import numpy as np
@@ -164,11 +165,13 @@ class RequestParser:
             RefusedRequestError: not JSON (400), or JSON that breaks the contract (422).
         """
         try:
-            plain = self._plain.read(orjson.loads(body))
+            raw = orjson.loads(body)
         except orjson.JSONDecodeError:
-            plain = None
+            raw = None
+        plain = self._plain.read(raw)
         if plain is not None:
             return ScoreRequest(*plain)
+        self._refuse_masses(raw)
         try:
             return self._request(self._model.model_validate_json(body))
         except ValidationError as error:
@@ -200,6 +203,19 @@ class RequestParser:
         schema["title"] = "ScoreRequest"
         return schema
 
+    def _refuse_masses(self, raw: Any) -> None:
+        """Refuse at a glance what the model would take a second to complain about, item by item."""
+        if not isinstance(raw, dict):
+            return
+        context, ads = raw.get("context"), raw.get("ad_product_ids")
+        unknown: list[tuple[str, ...]] = [(name,) for name in raw if name not in self._fields]
+        if isinstance(context, dict):
+            unknown += [("context", name) for name in context if name not in self._names]
+        if unknown:
+            raise self._refusal("extra_forbidden", unknown[0], None, more=len(unknown) - 1)
+        if isinstance(ads, list) and len(ads) > self._max_ads:
+            raise self._refusal("too_long", ("ad_product_ids",), {"input": ads}, more=0)
+
     def _request(self, raw: Any) -> ScoreRequest:
         values = raw.context.__dict__.values() if raw.context else (None,) * len(self._names)
         time = getattr(raw, "time", None)
@@ -208,7 +224,7 @@ class RequestParser:
             page=raw.page_product_id,
             ads=np.array(ads, np.int64) if isinstance(ads[0], int) else tuple(ads),
             context=dict(zip(self._names, values, strict=True)),
-            time=None if time is None else time.astimezone(UTC),
+            time=None if time is None else _in_utc(time),
             request_id=raw.request_id,
             request_key=raw.request_key,
         )
@@ -224,8 +240,12 @@ class RequestParser:
                 code="invalid_json",
                 hint=f"send {EXAMPLE}",
             )
-        field = ".".join(str(part) for part in location)[:MAX_SHOWN]
-        more = error.error_count() - 1
+        return self._refusal(kind, location, detail, more=error.error_count() - 1)
+
+    def _refusal(
+        self, kind: str, location: tuple[int | str, ...], detail: Any, *, more: int
+    ) -> RefusedRequestError:
+        field = ".".join(str(part)[:MAX_SHOWN] for part in location)
         message = f"{field or 'the body'}: {self._say(kind, location, detail)}"
         return refuse(
             message + (f" (and {more} more)" if more else ""),
@@ -293,8 +313,25 @@ EXPECTED: Final = {
 
 def show(value: object) -> str:
     """A value from outside, shortened for a message."""
-    text = repr(value)
+    text = _SHORT.repr(value)
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+
+
+_SHORT: Final = Repr()
+"""Looks at the first few items only: what came may hold half a million."""
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = MAX_SHOWN
+
+
+def _in_utc(time: datetime) -> datetime:
+    try:
+        return time.astimezone(UTC)
+    except OverflowError:
+        raise refuse(
+            f"time: must lie in the years 1 to 9999 of UTC, got {show(time.isoformat())}",
+            status=422,
+            code="wrong_value",
+            field="time",
+        ) from None
 
 
 def _key_annotation(key_type: KeyType) -> Any:

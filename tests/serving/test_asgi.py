@@ -196,3 +196,33 @@ def test_a_body_that_never_ends_is_given_up(service: BundleService) -> None:
 
     assert (status, body["error"]["code"]) == (408, "body_too_slow")
     assert headers["connection"] == "close"
+
+
+def test_more_than_may_wait_are_asked_to_come_back(service: BundleService) -> None:
+    face = HttpFace(service, ServingSettings(max_waiting=2))
+    outcomes: list[tuple[int, dict[bytes, bytes]]] = []
+
+    async def one() -> None:
+        waiting = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            if waiting.is_set():
+                await asyncio.Event().wait()
+            waiting.set()
+            return {"type": "http.request", "body": GOOD, "more_body": False}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                outcomes.append((message["status"], dict(message["headers"])))
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/score", "headers": []}
+        await face(scope, receive, send)
+
+    async def all_at_once() -> None:
+        await asyncio.gather(*(one() for _ in range(10)))
+
+    asyncio.run(all_at_once())
+
+    assert sorted(status for status, _ in outcomes) == [200] * 3 + [503] * 7
+    for status, headers in outcomes:
+        assert (b"retry-after" in headers) == (status == 503)
