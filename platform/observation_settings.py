@@ -23,7 +23,8 @@ class DecisionLogSettings(Settings):
     flush_rows: PositiveInt = 50_000
     """A file is written when this many ads wait in the form of rows."""
     max_waiting_rows: PositiveInt = 200_000
-    """Ads of requests that wait to be written, in memory; what comes on top is dropped, counted."""
+    """So many ads may wait in memory to become rows, newcomers being dropped beyond it; and so many
+    rows to be written, the oldest being dropped. All that is dropped is counted."""
     keep_hours: PositiveInt = 168
     """Files are deleted this long after they were written."""
     max_bytes: PositiveInt = 2_000_000_000

@@ -8,6 +8,7 @@ wait. What does not fit in the queue is dropped and counted.
 
 import hashlib
 import itertools
+import logging
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -26,6 +27,8 @@ from driftline.platform.workspace import Workspace
 from driftline.serving.decision_writer import DecisionWriter
 from driftline.serving.repeating import Repeating
 from driftline.serving.requests import RefusedRequestError
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from driftline.serving.answers import Answer
@@ -98,8 +101,10 @@ class DecisionLog:
         """Nothing was decided."""
 
     def close(self) -> None:
-        """Write what waits."""
-        self._thread.close()
+        """Write what waits; a writer that hangs is left behind."""
+        if not self._thread.close():
+            logger.warning("decision log: the disk hangs, %s rows are lost", self._num_waiting)
+            return
         self.drain()
         self._writer.close()
 
@@ -117,12 +122,17 @@ class DecisionLog:
         """How many decisions were kept, dropped and written so far, and what went wrong last."""
         counts = asdict(self._writer.counts)
         return counts | {
+            "errors": self._thread.num_errors,
             "sample_rate": self._rate,
             "requests_kept": self._requests_kept,
             "requests_dropped": self._requests_dropped,
             "rows_dropped": counts["rows_dropped"] + self._rows_dropped,
-            "rows_waiting": counts["rows_waiting"] + self._rows_put - self._rows_taken,
+            "rows_waiting": self._num_waiting,
         }
+
+    @property
+    def _num_waiting(self) -> int:
+        return self._writer.counts.rows_waiting + self._rows_put - self._rows_taken
 
     def _schema(self, answer: "Answer") -> pa.Schema:
         kind = answer.live.prepared.bundle.contract["key_type"]

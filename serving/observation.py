@@ -97,7 +97,8 @@ class Observation:
                 (series.DECISIONS_WAITING, "rows_waiting"),
                 (series.DECISION_BYTES, "bytes_on_disk"),
             ):
-                yield Sample(name, (), found[key])
+                lost = found["errors"] if name is series.DECISIONS_FAILED else 0
+                yield Sample(name, (), found[key] + lost)
 
 
 def service_samples(status: Mapping[str, Any]) -> Iterator[Sample]:

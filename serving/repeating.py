@@ -30,11 +30,16 @@ class Repeating:
         """Start the thread."""
         self._thread.start()
 
-    def close(self, *, timeout_seconds: float = 10.0) -> None:
-        """End the thread after a last call; harmless when it never started or has ended."""
+    def close(self, *, timeout_seconds: float = 3.0) -> bool:
+        """End the thread after a last call; harmless when it never started or has ended.
+
+        Returns:
+            Whether it has ended; not when the action hangs.
+        """
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout_seconds)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         while not self._stop.wait(self._seconds):

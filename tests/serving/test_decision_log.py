@@ -1,6 +1,7 @@
 """Decisions: which are kept, what a row says, and how the file becomes the next training log."""
 
 import shutil
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -29,6 +30,7 @@ from driftline.platform.settings import DriftlineSettings
 from driftline.platform.windows import HOUR, Window
 from driftline.platform.workspace import Workspace
 from driftline.serving.decision_log import DecisionLog, is_sampled
+from driftline.serving.decision_writer import DecisionWriter, write_parquet
 from driftline.serving.service import BundleService
 from driftline.serving.wire import JsonForm
 
@@ -256,6 +258,38 @@ def test_what_finds_no_room_is_dropped_and_counted(
     status = log.status()
     assert (status["requests_kept"], status["requests_dropped"]) == (2, 3)
     assert (status["rows_waiting"], status["rows_dropped"]) == (20, 30)
+
+
+def test_a_writer_that_hangs_holds_up_no_request(
+    market: TinyMarket, first: Bundle, pointer: Path, tmp_path: Path
+) -> None:
+    market.promote(first)
+    settings = with_log(market.settings, flush_rows=1, max_waiting_rows=40)
+    disk_works = threading.Event()
+    hangs = threading.Event()
+
+    def slow(table: pa.Table, path: Path) -> None:
+        hangs.set()
+        disk_works.wait()
+        write_parquet(table, path)
+
+    own = settings.serving.decision_log
+    writer = DecisionWriter(tmp_path, replica="slow", settings=own, write=slow)
+    log = DecisionLog(settings, replica="slow", writer=writer)
+    service = BundleService(settings, observers=[log])
+    service.look()
+    log.start()
+    ask(service, {"page_product_id": UNKNOWN, "ad_product_ids": [1] * 10})
+    assert hangs.wait(60)
+    for _ in range(9):  # all of them are answered while the disk does nothing
+        ask(service, {"page_product_id": UNKNOWN, "ad_product_ids": [1] * 10})
+    status = log.status()
+    assert (status["requests_kept"], status["requests_dropped"]) == (5, 5)
+
+    disk_works.set()
+    log.close()
+    assert sum(pq.read_table(path).num_rows for path in tmp_path.rglob("*.parquet")) == 50
+    assert log.status()["rows_waiting"] == 0
 
 
 def test_requests_without_an_id_get_one_that_no_other_has(
