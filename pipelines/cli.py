@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from driftline.pipelines.catalogue_command import catalogue_app
 from driftline.pipelines.console import Output, progress_bar, quiet_libraries, set_up_logging
 from driftline.pipelines.search_command import search
 from driftline.pipelines.skew_command import skew
@@ -31,6 +32,7 @@ refresh_app = typer.Typer(help="Refresh a part of the student.", no_args_is_help
 app.add_typer(ingest_app, name="ingest")
 app.add_typer(features_app, name="features")
 app.add_typer(refresh_app, name="refresh")
+app.add_typer(catalogue_app, name="catalogue")
 app.command()(search)
 app.command()(skew)
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from driftline.features.log import ImpressionLog
 from driftline.features.texts import known_texts
+from driftline.pipelines.catalogue_vectors import new_vectors
 from driftline.pipelines.head_training import HeadStart, train_head
 from driftline.pipelines.prepare import prepare_features
 from driftline.pipelines.provenance import settings_hash
@@ -24,7 +25,6 @@ from driftline.pipelines.student import (
     calibrated,
     lineage,
     newest_validation,
-    write_student_texts,
 )
 from driftline.pipelines.training_sets import replayed_frame
 from driftline.platform.bundle import (
@@ -34,14 +34,12 @@ from driftline.platform.bundle import (
     VECTORS,
     Bundle,
     BundleParts,
-    VectorCache,
     write_bundle,
 )
 from driftline.platform.errors import MissingArtefactError
-from driftline.platform.inference import encode_texts, load_model
 from driftline.platform.models.spec import HeadOnlySpec
-from driftline.platform.scorer import twin_spec
 from driftline.platform.settings import DriftlineSettings
+from driftline.platform.vector_deltas import known_vectors
 from driftline.platform.windows import Window, format_time
 from driftline.platform.workspace import Workspace
 
@@ -126,19 +124,15 @@ def refresh_head(
 def _current_vectors(
     settings: DriftlineSettings, champion: Bundle, scratch: Path, *, as_of: datetime
 ) -> Path:
-    """The champion's vectors, and those of new or edited texts from the same arms."""
+    """The champion's vectors, its deltas', and those of new or edited texts from the same arms."""
+    known = known_vectors(champion)
     texts = known_texts(settings, as_of=as_of)
-    new = texts.filter(pa.array(champion.vectors.rows(texts["text_id"].to_numpy()) < 0))
-    twin = twin_spec(champion.student)
-    if new.num_rows == 0 or twin is None:
+    fresh = new_vectors(champion, known, texts)
+    if fresh is None and known is champion.vectors:
         return champion.path / VECTORS
-    tokens = write_student_texts(settings, new, scratch / "new_texts.arrow")
-    fresh = scratch / "new_vectors.safetensors"
-    model = load_model(twin, champion.path / ARMS, champion.path / HEAD)
-    encode_texts(model, twin, tokens, fresh)
+    scratch.mkdir(parents=True, exist_ok=True)
     destination = scratch / VECTORS
-    champion.vectors.merged(VectorCache.load(fresh)).save(destination)
-    logger.info("encoded %d new texts with the current arms", new.num_rows)
+    (known if fresh is None else known.merged(fresh)).save(destination)
     return destination
 
 

@@ -1,5 +1,6 @@
 """A verified bundle made ready to answer: scorer, request parser, and arms if asked for."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -10,26 +11,35 @@ from numpy.typing import NDArray
 
 from driftline.features.online import OnlineRead
 from driftline.features.views import feature_views
-from driftline.platform.bundle import Bundle, VectorCache
+from driftline.platform.bundle import Bundle
 from driftline.platform.columns import TEXT_ID_COLUMNS, head_columns
 from driftline.platform.errors import BundleError
 from driftline.platform.scorer import Scorer
 from driftline.platform.settings import DriftlineSettings
+from driftline.platform.vector_deltas import DeltaReader, grown_scorer
 from driftline.serving.arms import ArmsEncoder
 from driftline.serving.request_scorer import RequestScorer
 from driftline.serving.requests import ContextFeature, KeyType, RequestParser
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
+
+@dataclass(eq=False)
 class PreparedBundle:
-    """Everything one answer needs of a bundle; nothing in it changes but a cache of vectors."""
+    """Everything one answer needs of a bundle.
+
+    The bundle never changes. Vectors of texts that came after it do come (``vector_deltas``): then
+    ``requests`` is replaced by one that knows them, and an answer takes it once.
+    """
 
     bundle: Bundle
     scorer: Scorer
+    """The bundle's own, without later vectors."""
     parser: RequestParser
     requests: RequestScorer
     encoder: ArmsEncoder | None
     """Encodes texts that the bundle's cache lacks; only with ``unknown_product: encode``."""
+    deltas: DeltaReader
 
     @classmethod
     def of(cls, bundle: Bundle, settings: DriftlineSettings) -> "PreparedBundle":
@@ -41,43 +51,40 @@ class PreparedBundle:
         check_features(bundle, settings)
         scorer = Scorer.of(bundle)
         encodes = settings.serving.unknown_product == "encode"
-        return cls(
+        prepared = cls(
             bundle=bundle,
             scorer=scorer,
             parser=request_parser(bundle.contract, settings),
             requests=RequestScorer(scorer),
             encoder=ArmsEncoder.of(bundle, settings) if encodes else None,
+            deltas=DeltaReader(bundle),
         )
+        prepared.refresh()
+        return prepared
+
+    def refresh(self) -> None:
+        """Take vectors and texts that came since; called in the background."""
+        if self.deltas.look():
+            try:
+                grown = grown_scorer(self.scorer, self.bundle, self.deltas.deltas)
+            except (OSError, ValueError) as error:
+                logger.warning("new vectors not taken, the old ones stay: %s", error)
+                return
+            assert grown.fused is not None  # folded here, not in the next request
+            self.requests = self.requests.over(grown)
+        if self.encoder is not None:
+            self.encoder.refresh()
 
     def score(self, read: OnlineRead) -> "Scored":
         """Probabilities of a request's ads, and which texts had no vector in the cache."""
-        found = self.requests.score(read)
+        requests = self.requests
+        found = requests.score(read)
         if self.encoder is not None and (found.page_uncached or found.ads_uncached.any()):
-            return self._score_encoding(read, self.encoder)
+            return _score_encoding(read, requests.scorer, self.encoder)
         return Scored(
             probabilities=found.probabilities,
             page=Text.NEUTRAL if found.page_uncached else Text.USUAL,
             ads=dict.fromkeys(np.flatnonzero(found.ads_uncached).tolist(), Text.NEUTRAL),
-        )
-
-    def _score_encoding(self, read: OnlineRead, encoder: ArmsEncoder) -> "Scored":
-        """The slow way: run the arms for texts that the cache lacks and the catalogue has."""
-        columns = read.columns
-        page, ad = (np.asarray(columns[name]) for name in TEXT_ID_COLUMNS)
-        scorer = self.scorer
-        uncached_B2 = (scorer.text_rows(columns) < 0) & (np.column_stack([page, ad]) > 0)
-        encoded_B2 = np.zeros_like(uncached_B2)
-        wanted = np.unique(np.concatenate([page[uncached_B2[:, 0]], ad[uncached_B2[:, 1]]]))
-        fresh = encoder.encode(wanted)
-        if fresh is not None:
-            few = _only(scorer.vectors, page, ad).merged(fresh)
-            scorer = replace(scorer, vectors=few, published=None)
-            encoded_B2 = uncached_B2 & (scorer.text_rows(columns) >= 0)
-        kinds = np.where(encoded_B2, Text.ENCODED, np.where(uncached_B2, Text.NEUTRAL, Text.USUAL))
-        return Scored(
-            probabilities=scorer.score(columns),
-            page=Text(kinds[0, 0]) if len(kinds) else Text.USUAL,
-            ads={i: Text(kinds[i, 1]) for i in np.flatnonzero(kinds[:, 1]).tolist()},
         )
 
 
@@ -120,6 +127,26 @@ class Scored:
 _REASONS: Final = {Text.NEUTRAL: "neutral_text", Text.ENCODED: "encoded_text"}
 
 
+def _score_encoding(read: OnlineRead, scorer: Scorer, encoder: ArmsEncoder) -> "Scored":
+    """The slow way: run the arms for texts that the cache lacks and the catalogue has."""
+    columns = read.columns
+    page, ad = (np.asarray(columns[name]) for name in TEXT_ID_COLUMNS)
+    uncached_B2 = (scorer.text_rows(columns) < 0) & (np.column_stack([page, ad]) > 0)
+    encoded_B2 = np.zeros_like(uncached_B2)
+    wanted = np.unique(np.concatenate([page[uncached_B2[:, 0]], ad[uncached_B2[:, 1]]]))
+    fresh = encoder.encode(wanted)
+    if fresh is not None:
+        few = scorer.vectors.part(np.unique(np.concatenate([page, ad]))).merged(fresh)
+        scorer = replace(scorer, vectors=few, published=None)
+        encoded_B2 = uncached_B2 & (scorer.text_rows(columns) >= 0)
+    kinds = np.where(encoded_B2, Text.ENCODED, np.where(uncached_B2, Text.NEUTRAL, Text.USUAL))
+    return Scored(
+        probabilities=scorer.score(columns),
+        page=Text(kinds[0, 0]) if len(kinds) else Text.USUAL,
+        ads={i: Text(kinds[i, 1]) for i in np.flatnonzero(kinds[:, 1]).tolist()},
+    )
+
+
 def request_parser(contract: Mapping[str, Any], settings: DriftlineSettings) -> RequestParser:
     """The parser for a bundle's contract."""
     key_type: KeyType = "int64" if contract["key_type"] == "int64" else "string"
@@ -157,10 +184,3 @@ def check_features(bundle: Bundle, settings: DriftlineSettings) -> None:
 def _difference(trained: Sequence[str], served: Sequence[str]) -> str:
     more, less = sorted(set(trained) - set(served)), sorted(set(served) - set(trained))
     return f"only in the bundle: {more[:5]}, only in the settings: {less[:5]}"
-
-
-def _only(cache: VectorCache, page: NDArray[np.int64], ad: NDArray[np.int64]) -> VectorCache:
-    """The part of a cache that one request needs, cheap to extend."""
-    rows = cache.rows(np.unique(np.concatenate([page, ad])))
-    rows = rows[rows >= 0]
-    return VectorCache(cache.text_id[rows], cache.page[rows], cache.ad[rows])

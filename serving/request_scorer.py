@@ -9,6 +9,7 @@ Shape suffixes: K rows of one side (1 for the page, B for the ads), N numeric co
 F numeric inputs made of them, V width of the first layer.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Final, Self
 from weakref import WeakKeyDictionary
@@ -99,7 +100,7 @@ class RequestScorer:
     """
 
     def __init__(self, scorer: Scorer) -> None:
-        self._scorer = scorer
+        self.scorer = scorer
         self._settled: tuple[_Side, _Side] | None = None
         columns = scorer.tabular.categories
         first_rows = scorer.fused.first_rows.tolist()
@@ -108,6 +109,12 @@ class RequestScorer:
             for category, first in zip(columns, first_rows, strict=True)
         }
         self._places: WeakKeyDictionary[ViewTable, dict[str, Places]] = WeakKeyDictionary()
+
+    def over(self, scorer: Scorer) -> "RequestScorer":
+        """The same over a scorer that differs in its vectors alone; what was mapped is kept."""
+        made = copy.copy(self)
+        made.scorer = scorer
+        return made
 
     def prepare(self, read: OnlineRead) -> None:
         """Map the categories of the tables behind a read, so that no request has to."""
@@ -118,7 +125,7 @@ class RequestScorer:
 
     def score(self, read: OnlineRead) -> RequestScore:
         """Score the page and ads of a read."""
-        scorer = self._scorer
+        scorer = self.scorer
         page, ads = self._sides(read)
         page_1V = self._states(page, read, num_rows=1)
         states_BV = self._states(ads, read, num_rows=read.num_ads)
@@ -137,13 +144,13 @@ class RequestScorer:
 
     def _sides(self, read: OnlineRead) -> tuple[_Side, _Side]:
         if self._settled is None:
-            page, ads = (_Side.of(self._scorer, read, page=page) for page in (True, False))
+            page, ads = (_Side.of(self.scorer, read, page=page) for page in (True, False))
             self._settled = page, ads
         return self._settled
 
     def _states(self, side: _Side, read: OnlineRead, *, num_rows: int) -> Float32:
         """What a side gives to the head's first layer. ``[K, V]``."""
-        fused = self._scorer.fused
+        fused = self.scorer.fused
         raw_NK = np.empty((len(side.numbers.numbers), num_rows))
         places: list[Places] = []
         end = 0

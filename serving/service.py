@@ -114,8 +114,7 @@ class BundleService:
         self._shadows.follow(self._holder.routes.shadows)
         self._arms.write()
         for live in self._holder.routes.all():
-            if live.prepared.encoder is not None:
-                live.prepared.encoder.refresh()
+            live.prepared.refresh()
 
     def _follow(self) -> None:
         while not self._stop.wait(self._settings.serving.poll_seconds):
