@@ -1,0 +1,81 @@
+"""The forms in which requests travel: JSON always, the binary one where the server has it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from http.client import HTTPConnection
+from urllib.parse import urlsplit
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from tests.benchmarks.rig.market import Asked
+
+
+@dataclass(frozen=True)
+class Told:
+    """What an answer says, whatever its form."""
+
+    bundle: str
+    as_of: str
+    """The moment of the features, as text."""
+    probabilities: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One content type, from the client's side."""
+
+    name: str
+    content_type: str
+    write: Callable[[Asked], bytes]
+    read: Callable[[bytes], Told]
+    tolerance: float
+    """Of a probability, against the offline score."""
+
+
+def _read_json(content: bytes) -> Told:
+    answer = orjson.loads(content)
+    probabilities = np.array(answer["probabilities"], np.float64)
+    return Told(answer["bundle"], answer["as_of"], probabilities)
+
+
+def _write_binary(asked: Asked) -> bytes:
+    from driftline.serving.scoring_pb2 import ContextValue, ScoreRequest
+
+    context = {
+        name: ContextValue(text=value) if isinstance(value, str) else ContextValue(number=value)
+        for name, value in asked.context.items()
+        if value is not None
+    }
+    message = ScoreRequest(page_product_id=asked.page, ad_product_ids=asked.ads, context=context)
+    return bytes(message.SerializeToString())
+
+
+def _read_binary(content: bytes) -> Told:
+    from driftline.serving.scoring_pb2 import ScoreAnswer
+
+    answer = ScoreAnswer.FromString(content)
+    moment = np.datetime64(answer.as_of_us, "us")
+    return Told(answer.bundle, f"{moment}Z", np.array(answer.probabilities, np.float64))
+
+
+SCORE = "/v1/score"
+JSON = Form("json", "application/json", lambda asked: asked.json, _read_json, 2e-6)
+BINARY = Form("binary", "application/x-protobuf", _write_binary, _read_binary, 2e-6)
+
+
+def forms_of(url: str, asked: Asked) -> Sequence[Form]:
+    """The forms in which a server answers one request."""
+    return [form for form in (JSON, BINARY) if _answers(url, form, asked)]
+
+
+def _answers(url: str, form: Form, asked: Asked) -> bool:
+    parts = urlsplit(url)
+    connection = HTTPConnection(parts.hostname or "", parts.port, timeout=30)
+    try:
+        connection.request("POST", SCORE, form.write(asked), {"content-type": form.content_type})
+        response = connection.getresponse()
+        response.read()
+    finally:
+        connection.close()
+    return response.status == 200

@@ -1,0 +1,81 @@
+"""What every benchmark prints: a table for people, and one JSON line at the end."""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def machine() -> dict[str, Any]:
+    """Cores, model, memory and load of this machine."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line for line in lines if "model name" in line).split(": ")[1]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "model": model,
+        "memory_gib": round(memory / 2**30, 1),
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def commit() -> str:
+    """Short name of the commit that is checked out."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def print_figures(
+    benchmark: str, figures: Mapping[str, float], *, about: Mapping[str, Any], **more: Any
+) -> None:
+    """The last line; figures that are no numbers are left out."""
+    rounded = {
+        name: float(f"{value:.4g}")
+        for name, value in figures.items()
+        if value is not None and math.isfinite(value)
+    }
+    print(json.dumps({"benchmark": benchmark, **about, **more, "figures": rounded}))
+
+
+def say(text: str) -> None:
+    """Progress, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median, and the least and the largest value."""
+    if not values:
+        return "-"
+    middle = statistics.median(values)
+    return f"{middle:.4g} ({min(values):.4g} .. {max(values):.4g})"
+
+
+def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows that share their keys, the keys as headings."""
+    print(f"\n{title}")
+    if not rows:
+        print("  nothing was measured")
+        return
+    names = list(rows[0])
+    cells = [[_cell(row.get(name)) for name in names] for row in rows]
+    widths = [max(len(name), *(len(row[i]) for row in cells)) for i, name in enumerate(names)]
+    print("  " + "  ".join(n.ljust(w) for n, w in zip(names, widths, strict=True)).rstrip())
+    for row in cells:
+        print("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {part}" for name, part in value.items()) or "-"
+    return "-" if value is None else str(value)
