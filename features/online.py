@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from driftline.features.feast_plugins.keys import Keys
 from driftline.features.online_freshness import MICROSECOND, Ages, StaleCounts, StaleTier
 from driftline.features.online_views import (
     Found,
@@ -187,7 +188,7 @@ class OnlineFeatures:
         ages = Ages(self._stale)
         unknown = np.ones(len(ads) + 1, bool)
         parts = []
-        products = version.products([page, *ads])
+        products = version.products(_keys(page, ads))
         away = products is None
         for wanted in self._wanted:
             if wanted.view.entity == "product":
@@ -211,7 +212,7 @@ class OnlineFeatures:
             parts=tuple(parts),
             context=context,
             context_kinds=self._context,
-            tiers=ages.by_tier(),
+            tiers=ages.by_tier(now_us),
             unknown_page=bool(unknown[0]),
             unknown_ads=unknown[1:],
             as_of=version.as_of,
@@ -292,9 +293,12 @@ class _Groups:
         for part in parts:
             if category in part.wanted.categories:
                 codes, values = part.found.table.categories[category]
-                mine = codes[part.found.slots]
-                distinct, self.rows = np.unique(mine[1:], return_inverse=True)
-                self._page, self._categories = values[mine[0]], values[distinct].tolist()
+                page, *ads = codes.take(part.found.slots).tolist()
+                places: dict[int, int] = {}  # quicker than np.unique for a request's rows
+                rows = [places.setdefault(code, len(places)) for code in ads]
+                self.rows = np.array(rows, np.int64)
+                self._page = values[page]
+                self._categories = [values[code] for code in places]
 
     def keys(self, view: View) -> list[Key | None]:
         """Keys of the groups in a view of categories, or of pairs with the page's. ``[G]``."""
@@ -305,6 +309,15 @@ class _Groups:
             None if page is None or category is None else f"{page}|{category}"
             for category in self._categories
         ]
+
+
+def _keys(page: Key, ads: Sequence[Key] | NDArray[np.int64]) -> Keys:
+    """Page first, then ads; integers as an array. ``[B + 1]``."""
+    if not isinstance(ads, np.ndarray):
+        return [page, *ads]
+    keys = np.empty(len(ads) + 1, np.int64)
+    keys[0], keys[1:] = page, ads
+    return keys
 
 
 def _wanted(settings: DriftlineSettings) -> tuple[Wanted, ...]:

@@ -11,11 +11,14 @@ from threading import Lock
 from typing import Final, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from driftline.features.online_views import Found
 from driftline.features.views import TIERS, View
 
 MICROSECOND: Final = timedelta(microseconds=1)
+NEVER_US: Final = 2**62
+"""Event time of what is not there: later than any, so that it is never the oldest."""
 
 Handling = Literal["used", "defaulted", "refused"]
 
@@ -59,42 +62,53 @@ class Ages:
 
     def __init__(self, counts: StaleCounts) -> None:
         self._counts = counts
-        self._oldest: dict[str, float] = {}
-        self._stale: dict[str, bool] = {}
+        self._tiers: dict[str, tuple[int | None, bool]] = {}
         self.refusal: StaleTier | None = None
         """The worst of the tiers that want the request refused."""
 
     def add(self, view: View, found: Found, now_us: int) -> Found:
         """Take note of the ages of a view's values; gives those that have not expired."""
         known = found.slots >= 0
-        age_us = now_us - found.table.event_us[found.slots]
+        event_us = found.table.event_us.take(found.slots)
+        event_us[~known] = NEVER_US
         limit_us = view.value_freshness // MICROSECOND
-        old = known & (age_us > limit_us)
-        stale = bool(old.any())
-        if stale:
-            handling: Handling = "used"
+        oldest_us = int(event_us.min(initial=NEVER_US))
+        stale = now_us - oldest_us > limit_us
+        if stale:  # rare: the common case above takes a handful of array operations
+            old = now_us - event_us > limit_us
+            self._handle(view, old, age_us=now_us - oldest_us, limit_us=limit_us)
             if view.expires:
-                handling = "defaulted"
-            elif view.refuses:
-                handling = "refused"
-                oldest_us = int(age_us[old].max())
-                self._refuse(StaleTier(view.tier, oldest_us / 1e6, limit_us / 1e6, int(old.sum())))
-            self._counts.add(view.tier, handling, int(old.sum()))
-        if stale and view.expires:
-            known &= ~old
-            found = replace(found, slots=np.where(known, found.slots, -1))
-            stale = not known.any()
-        oldest = float(age_us[known].max()) / 1e6 if known.any() else np.nan
-        self._oldest[view.tier] = float(np.fmax(self._oldest.get(view.tier, np.nan), oldest))
-        self._stale[view.tier] = self._stale.get(view.tier, False) or stale
+                found = replace(found, slots=np.where(old, -1, found.slots))
+                event_us[old] = NEVER_US
+                oldest_us = int(event_us.min(initial=NEVER_US))
+                stale = oldest_us == NEVER_US
+        self._note(view.tier, oldest_us if oldest_us < NEVER_US else None, stale=stale)
         return found
 
-    def by_tier(self) -> dict[str, tuple[float, bool]]:
-        """Age in seconds (never below 0) and staleness of each tier."""
+    def by_tier(self, now_us: int) -> dict[str, tuple[float, bool]]:
+        """Age in seconds (never below 0, NaN where nothing is known) and staleness of each tier."""
         return {
-            tier: (max(age, 0.0) if age == age else age, self._stale[tier])
-            for tier, age in self._oldest.items()
+            tier: (np.nan if oldest is None else max((now_us - oldest) / 1e6, 0.0), stale)
+            for tier, (oldest, stale) in self._tiers.items()
         }
+
+    def _note(self, tier: str, oldest_us: int | None, *, stale: bool) -> None:
+        if tier in self._tiers:
+            before, was_stale = self._tiers[tier]
+            if before is not None:
+                oldest_us = before if oldest_us is None else min(before, oldest_us)
+            stale = stale or was_stale
+        self._tiers[tier] = oldest_us, stale
+
+    def _handle(self, view: View, old: NDArray[np.bool_], *, age_us: int, limit_us: int) -> None:
+        number = int(old.sum())
+        handling: Handling = "used"
+        if view.expires:
+            handling = "defaulted"
+        elif view.refuses:
+            handling = "refused"
+            self._refuse(StaleTier(view.tier, age_us / 1e6, limit_us / 1e6, number))
+        self._counts.add(view.tier, handling, number)
 
     def _refuse(self, stale: StaleTier) -> None:
         worst = self.refusal

@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 
 from driftline.features.feast_plugins.errors import FeatureStoreError
+from driftline.features.feast_plugins.keys import Keys
 from driftline.features.feast_plugins.redis_connection import (
     Breaker,
     RedisAddress,
@@ -99,9 +100,10 @@ class RedisVersion:
     as_of: datetime | None
     groups: Mapping[str, Groups]
 
-    def products(self, keys: Sequence[Key | None]) -> Mapping[str, Found] | None:
+    def products(self, keys: Keys) -> Mapping[str, Found] | None:
         """All views of products, in one round trip; ``None`` while Redis is away."""
-        return self.source.read(self.source.products, keys)
+        listed = keys.tolist() if isinstance(keys, np.ndarray) else list(keys)
+        return self.source.read(self.source.products, listed)
 
     def group(self, view: View, keys: Sequence[Key | None]) -> Found | None:
         """A view of categories: from memory, or from Redis for a category not seen before."""

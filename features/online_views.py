@@ -64,7 +64,7 @@ class OnlineVersion(Protocol):
     def as_of(self) -> datetime | None:
         """Moment up to which the store is known to be complete; ``None`` before the first time."""
 
-    def products(self, keys: Sequence[Key | None]) -> Mapping[str, Found] | None:
+    def products(self, keys: Keys) -> Mapping[str, Found] | None:
         """Every view of products by name, in the order of ``keys``; ``None`` with no store."""
 
     def group(self, view: View, keys: Sequence[Key | None]) -> Found | None:

@@ -129,17 +129,18 @@ class RequestScorer:
         page, ads = self._sides(read)
         page_1V = self._states(page, read, num_rows=1)
         states_BV = self._states(ads, read, num_rows=read.num_ads)
-        page_ids, ad_ids = _text_ids(read)
-        page_rows, ad_rows = scorer.vectors.rows(page_ids), scorer.vectors.rows(ad_ids)
-        page_1V += scorer.projected.page[page_rows]
+        text_ids = _text_ids(read)
+        rows = scorer.vectors.rows(text_ids)
+        uncached = (rows < 0) & (text_ids > 0)
+        page_1V += scorer.projected.page[rows[:1]]
         page_1V += scorer.fused.bias
-        states_BV += scorer.projected.ad.take(ad_rows, axis=0)
+        states_BV += scorer.projected.ad.take(rows[1:], axis=0)
         states_BV += page_1V
         logits_B2 = scorer.fused.finish(states_BV).astype(np.float64)
         return RequestScore(
             probabilities=scorer.calibration.probabilities(logits_B2[:, 1] - logits_B2[:, 0]),
-            page_uncached=bool(page_rows[0] < 0 < page_ids[0]),
-            ads_uncached=(ad_rows < 0) & (ad_ids > 0),
+            page_uncached=bool(uncached[0]),
+            ads_uncached=uncached[1:],
         )
 
     def _sides(self, read: OnlineRead) -> tuple[_Side, _Side]:
@@ -187,11 +188,10 @@ class RequestScorer:
         return known[column]
 
 
-def _text_ids(read: OnlineRead) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Text of the page ``[1]`` and of each ad ``[B]``, 0 for none."""
+def _text_ids(read: OnlineRead) -> NDArray[np.int64]:
+    """Text of the page, then of each ad; 0 for none. ``[B + 1]``."""
     for part in read.parts:
         text_id = part.found.table.text_id
         if text_id is not None:
-            slots: NDArray[np.int64] = part.found.slots
-            return text_id[slots[:1]], text_id[slots[1:]]
-    return np.zeros(1, np.int64), np.zeros(read.num_ads, np.int64)
+            return text_id.take(part.found.slots)
+    return np.zeros(read.num_ads + 1, np.int64)
