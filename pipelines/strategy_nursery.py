@@ -3,18 +3,16 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from driftline.pipelines.strategy_stages import Stages
 from driftline.pipelines.teacher import open_tokenizer
 from driftline.platform.artefacts import hash_value
+from driftline.platform.kinds import foreign_code
 from driftline.platform.models.spec import ModelSpec, TeacherSpec
 from driftline.platform.settings import ArmsRefreshSettings, ObjectiveSettings, StageSettings
 from driftline.platform.stage_teacher import FrozenTeacher
 from driftline.platform.stages import StageResult
 from driftline.platform.text import Tokenizer, serialise_table
-
-MASKED: Final = "masked.safetensors"
 
 
 @dataclass(frozen=True)
@@ -61,12 +59,17 @@ class StudentNursery:
 
     def make(self, name: str, write: Callable[[Path], None], *, key: object) -> Path:
         """A file of the laboratory."""
-        return self.stages.laboratory.make(name, write, key=key)
+        return self.stages.laboratory.make(name, write, key=self._with_code(key))
 
     def train(self, name: str, run: Callable[[Path, Path], StageResult], *, key: object) -> Path:
         """A stage of the initialiser's own, as a node of the laboratory."""
-        identity = hash_value(["initialiser", name, key])
+        identity = hash_value(["initialiser", name, self._with_code(key)])
         return self.stages.laboratory.train_node(name, run, identity=identity)
+
+    def _with_code(self, key: object) -> object:
+        """An initialiser of the user's own may come to make something else under the same key."""
+        code = foreign_code(self.strategy.init)
+        return [key, code] if code else key
 
     @property
     def texts(self) -> Sequence[str]:
@@ -85,5 +88,4 @@ class StudentNursery:
     @property
     def masked_teacher(self) -> Path | None:
         """The teacher's language model of before its clicks, if its folder keeps it."""
-        path = self.stages.laboratory.teacher.path / MASKED
-        return path if path.exists() else None
+        return self.stages.laboratory.teacher.masked

@@ -88,6 +88,24 @@ class Teacher:
         return self.path / WEIGHTS
 
     @property
+    def masked(self) -> Path | None:
+        """Its weights from before the clicks, with their prediction head; None without MLM.
+
+        Raises:
+            FrozenTeacherError: they are not those that were written down with it. Teachers of
+                before this was written down are believed.
+        """
+        path, known = self.path / MASKED, self.manifest.get("masked")
+        found = _hash_once(path) if path.exists() else None
+        if known is not None and found != known:
+            state = "is gone" if found is None else f"has hash {found[:12]}"
+            raise FrozenTeacherError(
+                f"teacher {self.path}: {MASKED} {state}, frozen as {known[:12]}; restore the file "
+                "or start a new workspace"
+            )
+        return path if found else None
+
+    @property
     def keep_rate(self) -> float:
         """Share of non-clicks it was trained on; its logits stand on that prior."""
         return float(self.manifest["keep_rate"])
@@ -166,6 +184,7 @@ def train_teacher(
             "max_tokens": reader.max_tokens,
             "spec": spec.model_dump(mode="json"),
             "keep_rate": keep_rate,
+            **({} if masked is None else {"masked": hash_file(folder / MASKED)}),
             **({} if label is None else {"label": label}),
             "window": [format_time(window.start), format_time(window.end)],
             "num_rows": rows.train.num_rows,

@@ -111,6 +111,12 @@ class DualVocabulary(Initialiser):
 
         check_models(spec, teacher, recipe=self)
 
+    def check_sources(self, nursery: Nursery) -> None:
+        """See ``Initialiser``."""
+        self.check(nursery.spec, nursery.teacher[0])
+        if self.has_teacher:
+            self._teacher(nursery)
+
     def weights(self, nursery: Nursery) -> tuple[Path, ...]:
         """Encoders only.
 
@@ -120,7 +126,7 @@ class DualVocabulary(Initialiser):
         """
         from driftline.platform.vocabulary.dual_training import DualJob, run_dual
 
-        self.check(nursery.spec, nursery.teacher[0])
+        self.check_sources(nursery)
         teacher, start = self._teacher(nursery) if self.has_teacher else (None, None)
         corpus, held_out = self._corpora(nursery)
         job = DualJob(

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,13 @@ from driftline.features.simulate import simulate
 from driftline.pipelines.laboratory import Laboratory
 from driftline.pipelines.prepare import prepare_features
 from driftline.pipelines.replay import log_split
-from driftline.pipelines.strategy import train_strategy
+from driftline.pipelines.strategy import check_strategy, train_strategy
 from driftline.pipelines.student import student_tokenizer
 from driftline.pipelines.student_vocabulary import small_tokenizer, vocabulary_report
 from driftline.pipelines.teacher import MASKED, Teacher, open_tokenizer, train_teacher
-from driftline.platform.artefacts import hash_file
+from driftline.platform.artefacts import hash_file, write_json
 from driftline.platform.checkpoints import load_weights
-from driftline.platform.errors import SettingsError
+from driftline.platform.errors import FrozenTeacherError, SettingsError
 from driftline.platform.models.encoder import TextEncoder
 from driftline.platform.models.spec import TeacherSpec
 from driftline.platform.settings import DriftlineSettings, StageSettings
@@ -85,6 +86,46 @@ def test_the_teacher_keeps_its_weights_from_before_the_clicks(taught: DriftlineS
     frozen = load_file(teacher.weights)
     own = holder.state_dict()
     assert any(not torch.equal(own[name], frozen[name]) for name in own)
+
+
+@pytest.fixture
+def own_teacher(taught: DriftlineSettings, tmp_path: Path) -> DriftlineSettings:
+    """A copy of the market whose teacher may be harmed."""
+    shutil.copytree(Workspace.of(taught).root, tmp_path / "market")
+    return taught.model_copy(update={"workspace": tmp_path / "market"})
+
+
+@pytest.mark.parametrize("harm", ["changed", "lost"])
+def test_a_language_that_is_not_the_teachers_own_is_refused(
+    own_teacher: DriftlineSettings, harm: str
+) -> None:
+    teacher = Teacher.open(Workspace.of(own_teacher))
+    assert teacher.masked == teacher.path / MASKED
+    if harm == "lost":
+        (teacher.path / MASKED).unlink()
+    else:
+        shutil.copy(teacher.weights, teacher.path / MASKED)
+    again = Teacher.open(Workspace.of(own_teacher))
+    assert again.hash == teacher.hash
+    with pytest.raises(FrozenTeacherError, match=r"masked.safetensors .*, frozen as"):
+        _ = again.masked
+
+
+def test_a_teacher_without_language_is_refused_before_anything_is_made(
+    own_teacher: DriftlineSettings, tmp_path: Path
+) -> None:
+    teacher = Teacher.open(Workspace.of(own_teacher))
+    (teacher.path / MASKED).unlink()
+    manifest = {name: value for name, value in teacher.manifest.items() if name != "masked"}
+    write_json(teacher.path / "manifest.json", manifest)
+    moment = log_split(own_teacher).id.start
+    laboratory = Laboratory.open(own_teacher, as_of=moment, folder=tmp_path / "lab", seed=1)
+    arms = own_teacher.student.arms_refresh
+    with pytest.raises(SettingsError, match="teacher_start 'mlm' needs"):
+        check_strategy(laboratory, arms.model_copy(update={"init": DualVocabulary()}))
+    assert laboratory.nodes == []
+    frozen = DualVocabulary(teacher_start="frozen")
+    check_strategy(laboratory, arms.model_copy(update={"init": frozen}))
 
 
 def test_a_strategy_starts_from_dual_training_and_finds_it_again(
