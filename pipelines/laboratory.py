@@ -38,6 +38,7 @@ from driftline.pipelines.training_sets import newest
 from driftline.platform.artefacts import write_json
 from driftline.platform.distillation.keys import FeatureKey
 from driftline.platform.errors import SettingsError
+from driftline.platform.kinds import foreign_code
 from driftline.platform.sampling import soft_labelled
 from driftline.platform.settings import DistilSettings, DriftlineSettings
 from driftline.platform.stages import StageJob, StageResult
@@ -197,7 +198,9 @@ class Laboratory(MarketMoment):
         """
         rows = self.training_rows
         natural = distil.transfer == Natural()
-        drawn = None if natural else (distil.transfer.model_dump(mode="json"), self.seed)
+        drawn = None if natural else [distil.transfer.model_dump(mode="json"), self.seed]
+        if drawn is not None and (code := foreign_code(distil.transfer)):
+            drawn.append(code)
         key = self.key("distil", distil.on, distil.max_rows, drawn, self.store.hash)
         kept = f".{self.features.name}" if features else ""
 

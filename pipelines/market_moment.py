@@ -2,17 +2,20 @@
 
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from functools import cached_property
+from functools import cache, cached_property
+from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from driftline.features.frame_files import KEY, frame_path
 from driftline.features.log import ImpressionLog
 from driftline.features.texts import known_texts
 from driftline.pipelines.laboratory_rows import Source, TextSet
 from driftline.pipelines.provenance import NOT_MODEL_SETTINGS
 from driftline.pipelines.student import student_tokenizer
-from driftline.pipelines.training_sets import TrainingRows, known_frame, newest, split_rows
+from driftline.pipelines.training_sets import TrainingRows, clicks, known_frame, newest, split_rows
 from driftline.platform.artefacts import hash_value
 from driftline.platform.columns import head_columns
 from driftline.platform.errors import SettingsError
@@ -23,7 +26,7 @@ from driftline.platform.text import Tokenizer
 from driftline.platform.windows import HOUR, Window, floor_time, format_time
 from driftline.platform.workspace import Workspace
 
-FORMAT: Final = 1  # raise when the same settings would give other rows
+FORMAT: Final = 2  # raise when the same settings would give other rows
 MAX_VALIDATION_ROWS: Final = 5_000
 MAX_TEST_ROWS: Final = 50_000
 
@@ -99,6 +102,30 @@ class MarketMoment:
         known_at = window.end + self.settings.labels.maturity
         return _sampled(known_frame(self.settings, window, as_of=known_at))
 
+    def check_judges(self, *, num_slices: int) -> None:
+        """Make sure that students can be ranked on the rows that will judge them.
+
+        Args:
+            num_slices: How many slices after ``as_of`` judge, beside the stale test rows.
+
+        Raises:
+            SettingsError: such rows lack a click or a non-click, so no AUC exists.
+        """
+        share = "split.gate_share"
+        self._check_judge(self.ood_test, f"the stale test rows of {self.ood_window}", share)
+        for number in range(num_slices):
+            longer = "slice_hours of a search, test_hours of a study, or take another as_of"
+            name = f"test slice {number + 1}, {self.next_window(number)},"
+            self._check_judge(self.next_slice(number), name, longer)
+
+    def _check_judge(self, frame: pa.Table, name: str, raised: str) -> None:
+        num_clicks = int(clicks(frame).sum())
+        if not 0 < num_clicks < frame.num_rows:
+            raise SettingsError(
+                f"students are compared by AUC, which needs a click and a non-click, but {name} "
+                f"holds {frame.num_rows} rows with {num_clicks} clicks; raise {raised}"
+            )
+
     @cached_property
     def tabular(self) -> TabularEncoder:
         """Categories and scales of all recent training rows, however few a strategy may use.
@@ -127,7 +154,7 @@ class MarketMoment:
     def test_texts(self) -> TextSet:
         """Texts up to the end of both test slices; a product is read as it is when it is shown."""
         end = self.next_window(1).end
-        key = self.key("texts", format_time(end))
+        key = self.key("texts", format_time(end), self._content(Window(self.as_of, end)))
         return TextSet(key, lambda: known_texts(self.settings, as_of=end))
 
     @cached_property
@@ -143,14 +170,23 @@ class MarketMoment:
 
     @cached_property
     def _base(self) -> str:
-        """Everything that decides rows, texts and scales; strategies and addresses do not."""
+        """Everything that decides rows, texts and scales; strategies and addresses do not.
+
+        The log's content counts up to ``as_of``: a log that grows keeps the names of what was made.
+        """
         left_out: dict[str, Any] = dict.fromkeys(NOT_MODEL_SETTINGS, True)
         shaping = self.settings.model_dump(
             mode="json", exclude=left_out | {"student": {"arms_refresh", "head_refresh"}}
         )
         window_hours = self.settings.student.arms_refresh.window_hours
-        decided = (window_hours, format_time(self.as_of))
-        return hash_value([FORMAT, shaping, decided])
+        decided = (window_hours, str(self.ood_window), format_time(self.as_of))
+        content = self._content(Window(self.ood_window.start, self.as_of))
+        return hash_value([FORMAT, shaping, decided, content])
+
+    def _content(self, window: Window) -> list[str]:
+        """Hash of impressions, features and texts known in each hour: the keys of the frames."""
+        hours = (floor_time(hour.start, HOUR) for hour in window.hours())
+        return [_content_key(frame_path(self.settings, hour)) for hour in hours]
 
 
 def default_moment(settings: DriftlineSettings, *, slice_hours: float, num_slices: int) -> datetime:
@@ -184,6 +220,23 @@ def default_moment(settings: DriftlineSettings, *, slice_hours: float, num_slice
     return moment
 
 
+def check_recent_rows(settings: DriftlineSettings, as_of: datetime, *, slice_hours: float) -> None:
+    """Ask of a chosen moment what ``default_moment`` gives: recent rows to learn from before it.
+
+    Raises:
+        SettingsError: there are too few.
+    """
+    log = ImpressionLog.open(Workspace.of(settings).clean, settings)
+    start, needed = log.split.ood.end, _recent_hours(settings, slice_hours)
+    recent = max(0.0, (as_of - start) / HOUR)
+    if recent < needed:
+        raise SettingsError(
+            f"as_of {format_time(as_of)} leaves {recent:g} h of recent rows to learn from after "
+            f"{format_time(start)}, where the stale part ends, and must leave {needed:g} h; set "
+            f"as_of to {format_time(start + needed * HOUR)} or later, or take a smaller slice_hours"
+        )
+
+
 def _recent_hours(settings: DriftlineSettings, slice_hours: float) -> float:
     """Length of what must lie between the stale part and the first test slice."""
     known = (settings.labels.maturity + HOUR) / HOUR
@@ -200,3 +253,16 @@ def _sampled(frame: pa.Table) -> pa.Table:
         return frame
     position = unit_hash(request_keys(frame), salt="driftline-test")
     return frame.filter(pa.array(position < MAX_TEST_ROWS / frame.num_rows))
+
+
+def _content_key(path: Path) -> str:
+    """Key of an hour's frame, read again only when the file changed; empty without a frame."""
+    if not path.exists():
+        return ""
+    status = path.stat()
+    return _stored_key(path, status.st_mtime_ns, status.st_size)
+
+
+@cache
+def _stored_key(path: Path, mtime_ns: int, size: int) -> str:
+    return (pq.read_schema(path).metadata or {}).get(KEY, b"").decode()

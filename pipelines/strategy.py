@@ -121,7 +121,7 @@ class StrategyRun:
         before = len(self.laboratory.nodes)
         strategy = self.strategy
         weights = self.start()
-        whole = strategy.init.kind == "supervised"
+        whole = strategy.init.is_whole
         if strategy.distil is not None:
             distilled = self.stages.distil(strategy.distil, strategy.objective, start=weights)
             weights, whole = (distilled,), True
@@ -175,7 +175,7 @@ class StrategyRun:
     def start(self) -> tuple[Path, ...]:
         """Weights to start from; without an encoder there is nothing to pre-train."""
         init = self.strategy.init
-        if init.kind != "supervised" and not isinstance(init, RandomStart):
+        if not init.is_whole and not isinstance(init, RandomStart):
             if not self.form.has_encoder:
                 logger.info("init %s: no encoder to initialise, starting from noise", init.kind)
                 return ()

@@ -39,7 +39,8 @@ def train_head(stages: Stages, weights: Path, stage: StageSettings) -> Path:
     settings = laboratory.settings
     objective = settings.student.head_refresh.objective
     vectors = text_vectors(laboratory, form.spec, weights)
-    key = laboratory.key("head", stage.max_rows, form.spec.model_dump(mode="json"))
+    teacher = laboratory.store.hash if objective.needs_teacher else None
+    key = laboratory.key("head", stage.max_rows, form.spec.model_dump(mode="json"), teacher)
 
     def write(destination: Path) -> None:
         rows = split_rows(settings, laboratory.id_frame, max_rows=stage.max_rows)

@@ -66,9 +66,12 @@ class TestRows:
     @cached_property
     def rows(self) -> Rows:
         """The same in the form that students read."""
-        laboratory = self.laboratory
-        key = laboratory.key("test", self.name)
-        return Rows(key, laboratory.test_texts, lambda: self.frame)
+        return Rows(self.key, self.laboratory.test_texts, lambda: self.frame)
+
+    @property
+    def key(self) -> str:
+        """Decides the content: slices lie after the moment up to which a laboratory's keys know."""
+        return self.laboratory.key("test", self.name, self.laboratory.test_texts.key)
 
     def probabilities(self, form: StudentForm, *weights: Path) -> FloatArray:
         """A student's click probabilities on the natural click rate. ``[N]``."""
@@ -83,7 +86,7 @@ class TestRows:
         path = laboratory.make(
             "teacher.npy",
             lambda path: _save(path, laboratory.soft_labels(self.frame)),
-            key=(laboratory.key("test", self.name), laboratory.store.hash),
+            key=(self.key, laboratory.store.hash),
         )
         logits = np.load(path)
         keep_rate = laboratory.settings.labels.negative_keep_rate

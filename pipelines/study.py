@@ -23,7 +23,13 @@ from driftline.pipelines.study_market import (
 from driftline.pipelines.study_plot import draw_study
 from driftline.pipelines.study_results import StudyResults, Trial, TrialFolder
 from driftline.pipelines.study_table import StudyTable, markdown
-from driftline.pipelines.study_trial import TrialJob, prepare_trial, run_trial, trial_keys
+from driftline.pipelines.study_trial import (
+    TrialJob,
+    check_tests,
+    prepare_trial,
+    run_trial,
+    trial_keys,
+)
 from driftline.platform.artefacts import whole_file, write_json
 from driftline.platform.distillation.keys import FeatureKey
 from driftline.platform.errors import DriftlineError, SettingsError
@@ -160,6 +166,10 @@ def _prepared(planned: Sequence[_Planned], *, progress_bar: ProgressBar) -> list
                 markets[name] = prepare_market(settings, progress_bar=progress_bar).features
             settings = settings.model_copy(update={"features": markets[name]})
         ready.append(replace(each, job=replace(each.job, settings=settings)))
+    checked: set[str] = set()
+    for each in ready:
+        with _naming(each.job):
+            check_tests(each.job, checked=checked)
     ready = _matching_first(ready)
     with progress_bar("rows and soft labels") as progress:
         for number, each in enumerate(ready):

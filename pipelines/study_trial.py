@@ -19,6 +19,7 @@ from driftline.pipelines.study_sizes import measure_size
 from driftline.pipelines.training_sets import newest
 from driftline.platform.artefacts import hash_value
 from driftline.platform.distillation.keys import FeatureKey
+from driftline.platform.kinds import foreign_code
 from driftline.platform.settings import DistilSettings, DriftlineSettings, parse_settings
 from driftline.platform.stages import StageResult
 from driftline.platform.study_parts import Form
@@ -50,6 +51,8 @@ class TrialJob:
         """Changes whenever the trial would give other numbers."""
         settings = self.settings.model_dump(mode="json", exclude=set(NOT_MODEL_SETTINGS))
         deciding = {name: value for name, value in self.to_json().items() if name != "keys"}
+        if code := foreign_code(self.settings):
+            deciding["code"] = code
         return hash_value([FORMAT, deciding | {"settings": settings}])[:16]
 
     def to_json(self) -> dict[str, Any]:
@@ -92,6 +95,25 @@ def trial_keys(job: TrialJob) -> tuple[FeatureKey, ...]:
     if job.form == "teacher" or job.form == "encoder" or not strategy.objective.matches:
         return ()
     return match_keys(student_form(job.form, laboratory_of(job)), strategy)
+
+
+def check_tests(job: TrialJob, *, checked: set[str]) -> None:
+    """Make sure that the test rows of a trial can rank students; equal rows are looked at once.
+
+    Args:
+        job: The trial.
+        checked: Names of rows that were found good, to which those of this trial are added.
+
+    Raises:
+        SettingsError: the rows lack a click or a non-click.
+    """
+    if job.form == "encoder":
+        return
+    laboratory = laboratory_of(job)
+    name = laboratory.key(job.test_hours)
+    if name not in checked:
+        laboratory.check_judges(num_slices=1)
+        checked.add(name)
 
 
 def prepare_trial(job: TrialJob) -> None:

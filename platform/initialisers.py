@@ -88,6 +88,14 @@ class Nursery(Protocol):
 class Initialiser(Kind):
     """Base of all initialisers."""
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether ``weights`` are those of a whole student; most starts leave the head to chance.
+
+        One that does not say so needs a stage that trains a head.
+        """
+        return False
+
     def check(self, spec: "ModelSpec", teacher: "TeacherSpec | None" = None) -> None:
         """Make sure that this start fits the student, before anything is trained.
 
@@ -142,6 +150,11 @@ class SupervisedStart(Initialiser):
     """Supervised training on stale clicks (papers.md S0.17c)."""
 
     kind: Literal["supervised"] = "supervised"
+
+    @property
+    def is_whole(self) -> bool:
+        """See ``Initialiser``."""
+        return True
 
     def weights(self, nursery: Nursery) -> tuple[Path, ...]:
         """Arms and head."""

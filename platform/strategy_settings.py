@@ -5,8 +5,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeInt, model_validator
 
 from driftline.platform.data_settings import Settings
-from driftline.platform.distillation.language_start import MlmDistilStart
-from driftline.platform.initialisers import Initialiser, MlmStart, RandomStart
+from driftline.platform.distillation.language_start import MlmDistilStart as MlmDistilStart
+from driftline.platform.initialisers import Initialiser, MlmStart
 from driftline.platform.objective_settings import ObjectiveSettings
 from driftline.platform.training_settings import SelfTrainingSettings, StageSettings
 from driftline.platform.transfer.sets import Natural, TransferSet
@@ -82,8 +82,7 @@ class ArmsRefreshSettings(Settings):
                 "self_training needs finetune, whose student gives the labels; set "
                 "self_training.enabled: false, or give a finetune stage"
             )
-        untrained = isinstance(self.init, RandomStart | MlmStart | MlmDistilStart)
-        if self.distil is None and self.finetune is None and untrained:
+        if self.distil is None and self.finetune is None and not self.init.is_whole:
             raise ValueError(
                 f"init {self.init.kind!r} without distil and finetune trains no head; give one of "
                 "both, or init: supervised"

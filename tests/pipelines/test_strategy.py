@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from driftline.features.frame_files import frame_path, read_frames, write_frame
 from driftline.pipelines.labels import SoftLabels
 from driftline.pipelines.laboratory import Laboratory
 from driftline.pipelines.laboratory_rows import Rows
@@ -32,10 +34,12 @@ from driftline.platform.settings import (
     ArmsRefreshSettings,
     ArmsSelfTrainingSettings,
     DriftlineSettings,
+    ObjectiveSettings,
+    StageSettings,
     StudentSettings,
 )
 from driftline.platform.teacher_features import TeacherFeatures
-from driftline.platform.windows import HOUR
+from driftline.platform.windows import HOUR, Window
 from driftline.platform.workspace import Workspace
 
 Open = Callable[..., Laboratory]
@@ -344,6 +348,55 @@ def small_vocabulary(market: DriftlineSettings) -> StudentSettings:
     return market.student.model_copy(update={"vocabulary_size": 350})
 
 
+# --- what files are known by --------------------------------------------------------------
+
+
+def test_rows_for_the_head_are_known_by_the_teacher_that_labelled_them(
+    market: DriftlineSettings, laboratory: Open, base: ArmsRefreshSettings
+) -> None:
+    head = StageSettings.model_validate(STAGE)
+    strategy = NAMED_STRATEGIES["basic"](base).model_copy(update={"head": head})
+
+    def made(lab: Laboratory) -> bool:
+        nodes = {node.name: node for node in train_strategy(lab, strategy).nodes}
+        return nodes["head.arrow"].made_now
+
+    assert made(laboratory())
+    assert not made(laboratory())
+    other = laboratory()
+    (member,) = other.store.members
+    manifest = member.teacher.manifest | {"tokenizer": "of another"}
+    other.store = SoftLabels((replace(member, teacher=replace(member.teacher, manifest=manifest)),))
+    assert made(other)  # another of an ensemble, heard alone
+    refresh = market.student.head_refresh.model_copy(
+        update={"objective": ObjectiveSettings(alpha=0)}
+    )
+    alone = market.student.model_copy(update={"head_refresh": refresh})
+    assert made(laboratory(student=alone))
+
+
+def test_a_log_with_other_rows_gives_other_names(
+    market: DriftlineSettings, laboratory: Open
+) -> None:
+    """But not one that only went on after the moment."""
+
+    def names(lab: Laboratory) -> tuple[str, str]:
+        return lab.key("rows"), lab.test_texts.key
+
+    def replace_hour(hour: datetime) -> None:
+        frame = read_frames(market, Window(hour, hour + HOUR))
+        write_frame(frame_path(market, hour), frame.slice(1), key="of other rows")
+
+    lab = laboratory()
+    rows, tests = names(lab)
+    assert names(laboratory()) == (rows, tests)
+    replace_hour(lab.as_of)
+    after_rows, after_tests = names(laboratory())
+    assert (after_rows == rows, after_tests == tests) == (True, False)
+    replace_hour(lab.as_of - HOUR)
+    assert names(laboratory())[0] != rows
+
+
 # --- self-training ------------------------------------------------------------------------
 
 
@@ -405,6 +458,25 @@ def test_a_strategy_that_trains_no_head_is_refused() -> None:
         ArmsRefreshSettings(distil=None, finetune=None, self_training={"enabled": False})
     with pytest.raises(ValueError, match="self_training needs finetune"):
         ArmsRefreshSettings(finetune=None)
+
+
+ALONE: dict[str, Any] = {"distil": None, "finetune": None, "self_training": {"enabled": False}}
+HEADLESS = [
+    "random",
+    "embeddings",
+    "truncation",
+    {"kind": "layers", "layers": [1]},
+    {"kind": "checkpoint", "path": "weights.safetensors"},
+    "dual_vocabulary",
+]
+
+
+@pytest.mark.parametrize("init", HEADLESS)
+def test_a_start_of_encoders_alone_is_no_strategy(init: Any) -> None:
+    with pytest.raises(ValueError, match="without distil and finetune trains no head"):
+        ArmsRefreshSettings.model_validate(ALONE | {"init": init})
+    ArmsRefreshSettings.model_validate(ALONE | {"init": "supervised"})
+    ArmsRefreshSettings.model_validate(ALONE | {"init": init, "distil": STAGE})
 
 
 def test_a_set_without_clicks_needs_soft_labels(

@@ -236,6 +236,14 @@ def test_a_variant_that_cannot_be_is_refused_before_anything_is_trained(
     assert not (place / "tiny" / "trials").exists()
 
 
+def test_test_rows_that_rank_nobody_are_refused_before_anything_is_trained(place: Path) -> None:
+    request = write(place, test_hours=0.01, variants={"pf": {"strategy": "PF"}}, orderings=[])
+    with pytest.raises(SettingsError, match=r"variant 'pf': .*test slice 1, .* 0 clicks; raise"):
+        run_study(request, progress_bar=quiet)
+    (market,) = (place / "markets").iterdir()
+    assert not (market / "laboratory").exists()
+
+
 def test_a_variant_that_is_not_there_cannot_be_chosen(place: Path) -> None:
     request = write(place)
     with pytest.raises(SettingsError, match="--only pdf: no such variant, there are"):
