@@ -12,8 +12,8 @@ from typing import Any, Final
 
 import yaml
 
-from driftline.pipelines.market_moment import default_moment
-from driftline.pipelines.search_place import OWN, SETTINGS, Place, Trial, tried_strategies
+from driftline.pipelines.market_moment import check_recent_rows, default_moment
+from driftline.pipelines.search_place import OWN, SETTINGS, Place, Trial, forget, tried_strategies
 from driftline.pipelines.search_table import (
     SearchTable,
     make_table,
@@ -61,8 +61,9 @@ def run_search(
     is given or not; ``resume`` also continues Tune's own record of a killed search.
 
     Raises:
-        SettingsError: something cannot be tried, or a slice lies outside the log; or, with
-            ``resume``, the search was begun with other settings. Nothing was trained then.
+        SettingsError: something cannot be tried; a slice lies outside the log, cannot rank
+            anything, or leaves no recent rows before it; or, with ``resume``, the search was begun
+            with other settings. Nothing was trained then.
         MissingArtefactError: a strategy needs a teacher and there is none.
         ResourceError: a trial does not fit on the cluster.
         TrainingError: trials failed.
@@ -96,7 +97,12 @@ def _check(search: SearchSettings, base: ArmsRefreshSettings) -> None:
 def _begin(settings: DriftlineSettings, search: SearchSettings, *, resume: bool) -> Place:
     """The place of this search, with its settings written down."""
     workspace = Workspace.of(settings)
-    as_of = search.as_of or default_moment(settings, slice_hours=search.slice_hours, num_slices=2)
+    forget()
+    as_of = search.as_of
+    if as_of is None:
+        as_of = default_moment(settings, slice_hours=search.slice_hours, num_slices=2)
+    else:
+        check_recent_rows(settings, as_of, slice_hours=search.slice_hours)
     folder = workspace.searches / search.name
     plan = {"as_of": format_time(as_of), "settings": settings.model_dump(mode="json")}
     written = folder / PLAN
@@ -109,7 +115,8 @@ def _begin(settings: DriftlineSettings, search: SearchSettings, *, resume: bool)
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / SETTINGS) as scratch:
         scratch.write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
-    place.open(seed=search.seeds[0])  # slices that lie outside the log fail here
+    laboratory = place.open(seed=search.seeds[0])  # slices that lie outside the log fail here
+    laboratory.check_judges(num_slices=2)
     write_json(written, plan)
     return place
 
@@ -178,10 +185,13 @@ class _Search:
         return list(results.values())
 
     def _tune(self) -> list[dict[str, Any]]:
-        """Tune one stage with the first seed, then compare with the settings' own on all seeds."""
+        """Tune one stage with the first seed, then compare with the settings' own on all seeds.
+
+        The values are chosen on validation rows, so the slice that decides has not seen them.
+        """
         found = run_tuning(self.place, resume=self.resume, progress=self.progress)
-        values, measures = max(found, key=lambda pair: pair[1]["id_auc"])
-        logger.info("best of %d finished trials: %s, %s", len(found), values, measures["id_auc"])
+        values, score = max(found, key=lambda pair: pair[1])
+        logger.info("best of %d finished trials: %s, score %s", len(found), values, score)
         tuned = self.search.tuned(values, self.base)
         trials = [
             Trial(name, strategy, seed)

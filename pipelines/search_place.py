@@ -6,12 +6,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
+from driftline.pipelines.labels import SoftLabels
 from driftline.pipelines.laboratory import Laboratory
 from driftline.pipelines.laboratory_nodes import Runner, run_here
+from driftline.pipelines.market_moment import MarketMoment
 from driftline.pipelines.strategy_matches import match_keys
 from driftline.pipelines.student_forms import FormName, student_form
 from driftline.platform.artefacts import hash_file, hash_value, read_json
 from driftline.platform.errors import SettingsError
+from driftline.platform.kinds import foreign_code
 from driftline.platform.ray_runtime import fit
 from driftline.platform.settings import (
     ArmsRefreshSettings,
@@ -22,9 +25,11 @@ from driftline.platform.settings import (
 from driftline.platform.stages import StageJob, StageResult
 from driftline.platform.training import Report
 from driftline.platform.windows import parse_time
+from driftline.platform.workspace import Workspace
 
 OWN: Final = "settings"
 """Name of the settings' own strategy."""
+FORMAT: Final = 2  # raise when the same trial would give other measures
 RESULTS, SETTINGS = "results", "settings.yaml"
 
 
@@ -71,12 +76,22 @@ class Place:
         Raises:
             SettingsError: a slice lies outside the log, or a match of a strategy is impossible.
         """
-        return _laboratory(self, seed, hash_file(self.folder / SETTINGS))
+        return _laboratory(self, seed, self._settings_hash)
+
+    @property
+    def _settings_hash(self) -> str:
+        return hash_file(self.folder / SETTINGS)
 
     def result_path(self, trial: Trial) -> Path:
-        """Where the trial's result lies."""
-        identity = hash_value([trial.to_json(), self.as_of])[:16]
-        return self.folder / RESULTS / f"{identity}-{trial.seed}.json"
+        """Where the trial's result lies; its name is made of everything that decides it."""
+        return self.folder / RESULTS / f"{self.identity(trial)}.json"
+
+    def identity(self, trial: Trial) -> str:
+        """Changes with the strategy and the seed, the market, the teacher and the test slices."""
+        deciding: list[Any] = [FORMAT, trial.to_json(), _market(self, self._settings_hash)]
+        if code := foreign_code(trial.strategy):
+            deciding.append(code)
+        return f"{hash_value(deciding)[:16]}-{trial.seed}"
 
     def result(self, trial: Trial) -> dict[str, Any] | None:
         """What came of a trial; None before it is done."""
@@ -101,6 +116,29 @@ def tried_strategies(settings: DriftlineSettings) -> dict[str, ArmsRefreshSettin
     if search.method == "optuna":
         return {OWN: base}
     return {"/".join(names): search.strategy(names, base) for names in search.combinations()}
+
+
+def forget() -> None:
+    """Look at the markets anew: a log may have been replaced since a search in this process."""
+    _laboratory.cache_clear()
+    _market.cache_clear()
+
+
+@lru_cache(maxsize=4)
+def _market(place: Place, settings_hash: str) -> str:
+    """What decides the measures of all trials alike: rows, texts, teacher, slices, head stage."""
+    del settings_hash  # a part of the name under which it is kept
+    settings = place.settings
+    search = settings.search or SearchSettings()
+    moment = MarketMoment(settings, parse_time(place.as_of), search.slice_hours)
+    has_teacher = Workspace.of(settings).teacher.exists()
+    return moment.key(
+        "measures",
+        search.slice_hours,
+        moment.test_texts.key,
+        settings.student.head_refresh.model_dump(mode="json"),
+        SoftLabels.open(settings).hash if has_teacher else None,
+    )
 
 
 @lru_cache(maxsize=4)

@@ -5,6 +5,7 @@ rest. A search that was killed reads the results that are there.
 """
 
 import io
+import math
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +16,8 @@ import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
-from driftline.pipelines.search_place import RESULTS, Place, Trial
-from driftline.pipelines.search_trials import run_trial
+from driftline.pipelines.search_place import Place, Trial
+from driftline.pipelines.search_trials import FINISHED, TUNED, run_trial
 from driftline.platform.errors import ResourceError, TrainingError
 from driftline.platform.ray_runtime import cpus_per_worker
 from driftline.platform.search_settings import Range
@@ -49,7 +50,7 @@ def run_trials(
     """
     missing = [trial for trial in trials if place.result(trial) is None]
     if missing:
-        with _followed(place, trials, progress):
+        with _followed(progress, lambda: _num_done(place, trials), total=len(trials)):
             space = {"trial": tune.grid_search([trial.to_json() for trial in missing])}
             _fit(place, space, step=step, resume=resume, config=tune.TuneConfig())
     if progress is not None:
@@ -59,14 +60,14 @@ def run_trials(
 
 def run_tuning(
     place: Place, *, resume: bool, progress: Progress | None
-) -> list[tuple[dict[str, Any], dict[str, float]]]:
+) -> list[tuple[dict[str, Any], float]]:
     """Sample hyper-parameters of one stage with Optuna, ending weak trials early.
 
-    Sampler and scheduler learn from the validation rows of the tuned stage, not from the slice
-    that decides: so that slice is looked at once for each finished trial, and steers nothing.
+    Sampler, scheduler and whoever takes the best see the validation rows of the tuned stage. The
+    slice that decides between strategies is not looked at here.
 
     Returns:
-        Values and measures of every finished trial.
+        Values and score of every finished trial that has one.
 
     Raises:
         ResourceError: see ``run_trials``.
@@ -83,15 +84,24 @@ def run_tuning(
         scheduler=_scheduler(tuning),
     )
     space = {"values": {name: _domain(part) for name, part in tuning.space.items()}}
-    with _followed(place, None, progress, total=tuning.num_trials):
+    before = set((place.folder / TUNED).glob("*.json"))
+
+    def num_done() -> int:
+        return len(set((place.folder / TUNED).glob("*.json")) - before)
+
+    with _followed(progress, num_done, total=tuning.num_trials):
         grid = _fit(place, space, step="tuning", resume=resume, config=config)
     found = [
-        (result.config["values"], result.metrics)
+        (result.config["values"], float(result.metrics["score"]))
         for result in grid
-        if result.config and result.metrics and "id_auc" in result.metrics
+        if result.config and result.metrics and FINISHED in result.metrics
     ]
+    found = [(values, score) for values, score in found if math.isfinite(score)]
     if not found:
-        raise TrainingError("no trial of the tuning finished; give it more trials")
+        raise TrainingError(
+            "no trial of the tuning finished with a score; give it more trials, or the tuned stage "
+            "validation rows with clicks and non-clicks"
+        )
     return found
 
 
@@ -182,29 +192,23 @@ def trial_resources(settings: DriftlineSettings) -> tuple[float, int]:
     return cpus, min(fitting, search.max_concurrent or fitting)
 
 
+def _num_done(place: Place, trials: Sequence[Trial]) -> int:
+    return sum(place.result_path(trial).exists() for trial in trials)
+
+
 @contextmanager
 def _followed(
-    place: Place,
-    trials: Sequence[Trial] | None,
-    progress: Progress | None,
-    *,
-    total: int | None = None,
+    progress: Progress | None, num_done: Callable[[], int], *, total: int
 ) -> Iterator[None]:
-    """Count result files while the block runs; works for a restored Tune as well."""
+    """Count what trials have written while the block runs; works for a restored Tune as well."""
     if progress is None:
         yield
         return
     ended = threading.Event()
-    before = set((place.folder / RESULTS).glob("*.json"))
-
-    def done() -> int:
-        if trials is not None:
-            return sum(place.result_path(trial).exists() for trial in trials)
-        return len(set((place.folder / RESULTS).glob("*.json")) - before)
 
     def follow() -> None:
         while not ended.wait(PERIOD_SECONDS):
-            progress(done(), len(trials) if trials is not None else total or 0)
+            progress(num_done(), total)
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()

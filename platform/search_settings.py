@@ -88,7 +88,11 @@ _SPACE: Final[dict[str, Range | Choices]] = {"learning_rate": Range(low=1e-4, hi
 
 
 class TuningSettings(Settings):
-    """Hyper-parameters inside one stage of the settings' own strategy (``method: optuna``)."""
+    """Hyper-parameters inside one stage of the settings' own strategy (``method: optuna``).
+
+    Values are sampled and chosen by the stage's own validation rows; only what was chosen is then
+    compared with the settings' own on the slice that decides.
+    """
 
     stage: StageName = "distil"
     space: Annotated[dict[str, Range | Choices], Field(min_length=1)] = _SPACE

@@ -15,13 +15,15 @@ import pytest
 import yaml
 
 from driftline.pipelines.cli import main
+from driftline.pipelines.market_moment import default_moment
 from driftline.pipelines.refresh_arms import refresh_arms
 from driftline.pipelines.replay import log_split
 from driftline.pipelines.search import WINNER, run_search
+from driftline.pipelines.search_place import SETTINGS, Place, Trial, forget
 from driftline.platform.errors import ResourceError, SettingsError
 from driftline.platform.registry import read_champion
 from driftline.platform.settings import DriftlineSettings, load_settings, parse_settings
-from driftline.platform.windows import HOUR
+from driftline.platform.windows import HOUR, format_time
 from driftline.platform.workspace import Workspace
 
 STAGE = {"num_epochs": 1, "batch_size": 128, "learning_rate": 0.003, "max_rows": 200}
@@ -122,6 +124,11 @@ def test_a_stage_is_tuned_and_compared_with_the_settings_own(
     tuned = next(name for name in names if name != "settings")
     assert "temperature" in tuned
     assert "learning_rate" in tuned
+    records = [json.loads(path.read_text()) for path in (found.folder / "tuned").glob("*.json")]
+    assert len(records) == 2
+    best = max(records, key=lambda record: record["score"])  # of validation rows
+    assert tuned == f"tuned {best['values']}"
+    assert len(list((found.folder / "results").glob("*.json"))) == 3  # own, tuned, baseline
 
 
 @pytest.mark.ray
@@ -158,6 +165,58 @@ def test_a_killed_search_is_resumed_without_training_anything_twice(
         main(["search", str(config), "--resume"])
     assert ended.value.code == 1
     assert "begun with other settings" in capfd.readouterr().err
+
+
+# --- what a result is of ------------------------------------------------------------------
+
+
+DECIDING: list[dict[str, Any]] = [
+    {"search": {"slice_hours": 2}},
+    {"labels": {"negative_keep_rate": 0.25}},
+    {"student": {"encoder": {"num_layers": 2}}},
+    {"student": {"head_refresh": {"objective": {"alpha": 0}}}},
+    {"student": {"arms_refresh": {"window_hours": 5}}},
+]
+
+
+def identity(settings: DriftlineSettings, folder: Path) -> str:
+    """Of the settings' own strategy in a search of the market."""
+    folder.mkdir(exist_ok=True)
+    (folder / SETTINGS).write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    moment = default_moment(settings, slice_hours=3, num_slices=2)
+    place = Place(folder, Workspace.of(settings).laboratory, format_time(moment))
+    strategy = searching(settings).student.arms_refresh
+    return place.identity(Trial("own", strategy, 0))
+
+
+@pytest.mark.parametrize("changes", DECIDING)
+def test_a_result_is_found_only_by_a_search_that_would_measure_the_same(
+    market: DriftlineSettings, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    settings = searching(market)
+    before = identity(settings, tmp_path / "search")
+    raw = merged(settings.model_dump(mode="json"), changes)
+    assert identity(parse_settings(raw, origin="test"), tmp_path / "search") != before
+    other = {"search": {"num_bootstrap": 9, "max_concurrent": 2}, "serving": {"num_replicas": 2}}
+    raw = merged(settings.model_dump(mode="json"), other)
+    assert identity(parse_settings(raw, origin="test"), tmp_path / "search") == before
+
+
+def test_a_result_knows_its_teacher(market: DriftlineSettings, tmp_path: Path) -> None:
+    before = identity(searching(market), tmp_path / "search")
+    forget()
+    shutil.rmtree(Workspace.of(market).teacher)
+    assert identity(searching(market), tmp_path / "search") != before
+
+
+def merged(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The settings with a few of their leaves replaced."""
+    for name, value in changes.items():
+        if isinstance(value, dict) and name != "objective":
+            merged(raw[name], value)
+        else:
+            raw[name] = value
+    return raw
 
 
 # --- bad input ----------------------------------------------------------------------------
@@ -205,6 +264,24 @@ def test_a_slice_outside_the_log_is_refused_before_training(
 ) -> None:
     settings = searching(market, slice_hours=48)
     with pytest.raises(SettingsError, match="set slice_hours to at most 4, or"):
+        run_search(settings)
+    assert not Workspace.of(settings).laboratory.exists()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ({"slice_hours": 0.01}, r"needs a click and a non-click, but test slice 1.* 0 clicks"),
+        ({"as_of": "2026-01-02T12:00:00Z"}, r"leaves 0 h .* must leave 3 h; .*2026-01-02T15:00"),
+        ({"as_of": "2026-01-02T14:00:00Z"}, "leaves 2 h of recent rows"),
+    ],
+)
+def test_slices_that_judge_nobody_are_refused_before_training(
+    market: DriftlineSettings, local_ray: None, search: dict[str, Any], message: str
+) -> None:
+    settings = searching(market, **search)
+    with pytest.raises(SettingsError, match=message):
         run_search(settings)
     assert not Workspace.of(settings).laboratory.exists()
 
