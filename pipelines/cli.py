@@ -11,6 +11,7 @@ import typer
 
 from driftline.pipelines.catalogue_command import catalogue_app
 from driftline.pipelines.console import Output, progress_bar, quiet_libraries, set_up_logging
+from driftline.pipelines.delivery_commands import deploy, rollback, traffic
 from driftline.pipelines.search_command import search
 from driftline.pipelines.skew_command import skew
 from driftline.platform.artefacts import read_json
@@ -35,6 +36,8 @@ app.add_typer(refresh_app, name="refresh")
 app.add_typer(catalogue_app, name="catalogue")
 app.command()(search)
 app.command()(skew)
+for command in (deploy, traffic, rollback):
+    app.command()(command)
 
 Config = Annotated[Path, typer.Argument(help="Settings file, e.g. configs/demo.yaml.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: a.b=value.")]
@@ -287,22 +290,6 @@ def gate(
     verdict = judge_again(settings, bundle, as_of=_moment(settings, as_of))
     head = "would promote" if verdict.promote else "would refuse"
     Output(json_).show("\n".join([head, *verdict.reasons]), verdict_json(verdict))
-
-
-@app.command()
-def rollback(
-    config: Config,
-    version: Annotated[int, typer.Argument(help="Registry version to make champion again.")],
-    set_: Set = None,
-    json_: Json = False,
-) -> None:
-    """Make an older version champion again, after checking that it loads."""
-    from driftline.pipelines.publish import roll_back
-
-    settings = _settings(config, set_)
-    bundle = roll_back(settings, version, now=datetime.now(UTC))
-    text = f"champion is version {version}, bundle {bundle.fingerprint}"
-    Output(json_).show(text, {"version": version, "bundle": bundle.fingerprint})
 
 
 @app.command()

@@ -205,24 +205,6 @@ def judge_again(
     return judge_bundle(settings, bundle, champion=champion, as_of=as_of)
 
 
-def roll_back(settings: DriftlineSettings, version: int, *, now: datetime) -> Bundle:
-    """Make an older version champion, once it has proved that it loads.
-
-    Raises:
-        MissingArtefactError: no such version.
-        BundleError: its files are gone or altered; the champion stays.
-    """
-    registry = Registry(settings, Workspace.of(settings))
-    found = [known for known in registry.versions() if known.version == version]
-    if not found:
-        known = [known.version for known in registry.versions()]
-        raise MissingArtefactError(f"no version {version}; versions are {known}")
-    bundle = Bundle.open(found[0].path)
-    Scorer.of(bundle)
-    registry.promote(version, promoted_at=now, reasons=("rolled back by hand",))
-    return bundle
-
-
 def gate_window(settings: DriftlineSettings, as_of: datetime) -> Window:
     """The newest hours whose labels are known."""
     span = ImpressionLog.open(Workspace.of(settings).clean, settings).span

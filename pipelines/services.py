@@ -52,6 +52,7 @@ def run_cadence(settings: DriftlineSettings, *, address: str, ready: Path, paren
 
     from driftline.pipelines.cadence import CadenceService
     from driftline.pipelines.schedules import Clock
+    from driftline.pipelines.traffic import watch_canaries
 
     ray.init(address, namespace="driftline", log_to_driver=False)
     try:
@@ -60,7 +61,7 @@ def run_cadence(settings: DriftlineSettings, *, address: str, ready: Path, paren
         service.start(now=datetime.now(UTC))
         until = stop_event(parent=parent)
         write_json(ready, {"address": address})
-        until.wait()
+        watch_canaries(settings, until=until)
         service.stop()
     finally:
         ray.shutdown()

@@ -2,7 +2,9 @@
 
 ``POST /v1/admin/deploy``, ``/traffic`` and ``/rollback`` do what the commands of these names do;
 ``GET /v1/admin/routes`` says what is live. Off unless ``serving.admin_token_file`` is set. Changes
-run in a process of their own, so that scoring goes on undisturbed, one at a time.
+run in a process of their own, so that scoring goes on undisturbed, one at a time. One that takes
+more than a moment is answered 202 with an id; ``GET /v1/admin/changes/ID`` says what became of it,
+from the audit log, whichever replica is asked.
 """
 
 import asyncio
@@ -10,7 +12,7 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
@@ -22,7 +24,8 @@ from driftline.platform.data_settings import Settings
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.workspace import Workspace
 from driftline.serving.admin_token import check_token, make_token, token_path
-from driftline.serving.delivery import live_facts
+from driftline.serving.audit import AuditLog, audit_path, new_change, read_change
+from driftline.serving.delivery import live_facts, utc_now
 from driftline.serving.requests import RefusedRequestError, refuse, show
 
 logger = logging.getLogger(__name__)
@@ -34,6 +37,11 @@ Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 PREFIX: Final = "/v1/admin/"
 ROUTES: Final = "routes"
+CHANGE: Final = "changes/"
+CHANGES_PATH: Final = PREFIX + CHANGE
+WAIT_SECONDS: Final = 3.0
+"""A change that takes longer is answered 202; what stands before a replica has no more patience."""
+STATES: Final[Mapping[str, str]] = {"received": "running", "asked": "running"}
 MAX_BODY: Final = 10_000
 CHANGE_SECONDS: Final = 180.0
 REALM: Final = 'Bearer realm="driftline"'
@@ -149,22 +157,23 @@ class AdminFace:
             await self._face(scope, receive, send)
             return
         try:
-            value = await self._answer(scope, receive)
+            status, value = await self._answer(scope, receive)
         except RefusedRequestError as error:
             headers = {
                 401: (b"www-authenticate", REALM.encode()),
-                405: (b"allow", ", ".join(error.allowed or ()).encode()),
+                405: (b"allow", b", ".join(verb.encode() for verb in error.allowed or ())),
                 503: (b"retry-after", b"5"),
             }
             extra = [headers[error.status]] if error.status in headers else []
             await _send(send, error.body, status=error.status, headers=extra)
         else:
-            await _send(send, value)
+            await _send(send, value, status=status)
 
-    async def _answer(self, scope: Message, receive: Receive) -> dict[str, Any]:
+    async def _answer(self, scope: Message, receive: Receive) -> tuple[int, dict[str, Any]]:
         check_token(scope, self._token)
         action, method = scope["path"].removeprefix(PREFIX), scope["method"]
-        if action != ROUTES and action not in CHANGES:
+        reads = action == ROUTES or action.startswith(CHANGE)
+        if not reads and action not in CHANGES:
             allowed = [PREFIX + name for name in (ROUTES, *CHANGES)]
             raise refuse(
                 f"there is nothing at {show(scope['path'])}",
@@ -172,7 +181,7 @@ class AdminFace:
                 code="unknown_path",
                 allowed=allowed,
             )
-        wanted = "GET" if action == ROUTES else "POST"
+        wanted = "GET" if reads else "POST"
         if method != wanted:
             raise refuse(
                 f"{PREFIX}{action} takes {wanted}, got {show(method)}",
@@ -181,7 +190,9 @@ class AdminFace:
                 allowed=[wanted],
             )
         if action == ROUTES:
-            return self._routes()
+            return 200, self._routes()
+        if reads:
+            return 200, self._change(action.removeprefix(CHANGE))
         change = _read(CHANGES[action], await self._read_body(receive))
         client = (scope.get("client") or ("unknown",))[0]
         return await self._carry_out(action, change, via=f"http from {client}")
@@ -191,28 +202,42 @@ class AdminFace:
         here = {name: status[name] for name in ("replica", "routes", "shadows", "last_refusal")}
         return {"live": live_facts(Workspace.of(self._settings)), "here": here}
 
-    async def _carry_out(self, action: str, change: Change, *, via: str) -> dict[str, Any]:
+    async def _carry_out(self, action: str, change: Change, *, via: str) -> tuple[int, Any]:
         if self._busy:
             raise refuse("another change is under way", status=503, code="busy")
+        name = new_change()
         asked = {
+            "id": name,
             "settings": self._settings.model_dump(mode="json"),
             "by": change.by,
             "via": via,
             "action": action,
             "arguments": change.arguments(),
         }
+        path = audit_path(Workspace.of(self._settings))
+        audit = AuditLog(path, by=change.by, via=via, clock=utc_now)
         self._busy = True
-        try:
-            loop = asyncio.get_running_loop()
-            answer = await loop.run_in_executor(self._pool, run_change, asked)
-        finally:
-            self._busy = False
+        running = asyncio.get_running_loop().run_in_executor(self._pool, run_change, asked, audit)
+        running.add_done_callback(self._finish)
+        done, _ = await asyncio.wait([running], timeout=WAIT_SECONDS)
+        if not done:
+            return 202, {"id": name, "state": "running", "see": CHANGES_PATH + name}
+        answer = running.result()
         if "error" in answer:
             error = answer["error"]
             raise refuse(
                 error["message"], status=STATUS_OF.get(error["type"], 503), code="not_changed"
             )
-        return answer
+        return 200, {"id": name, "state": "done", **answer}
+
+    def _finish(self, running: "asyncio.Future[dict[str, Any]]") -> None:
+        self._busy = False
+
+    def _change(self, name: str) -> dict[str, Any]:
+        entry = read_change(audit_path(Workspace.of(self._settings)), name)
+        if entry is None:
+            raise refuse(f"no change {show(name)} is known", status=404, code="unknown_change")
+        return {**entry, "state": STATES.get(entry["state"], entry["state"])}
 
     async def _read_body(self, receive: Receive) -> bytes:
         body = bytearray()
@@ -231,8 +256,10 @@ class AdminFace:
             raise refuse("the body did not arrive", status=408, code="body_too_slow") from None
 
 
-def run_change(asked: dict[str, Any]) -> dict[str, Any]:
+def run_change(asked: Mapping[str, Any], audit: AuditLog) -> dict[str, Any]:
     """Carry a change out in a child process and wait for it; its answer, or what went wrong."""
+    facts = {name: asked[name] for name in ("id", "action", "arguments")}
+    audit.append(facts | {"state": "received"}, must_be_written=False)
     try:
         child = subprocess.run(
             [sys.executable, "-m", CHILD],
@@ -246,6 +273,8 @@ def run_change(asked: dict[str, Any]) -> dict[str, Any]:
         output = (getattr(error, "stderr", None) or b"").decode(errors="replace")
         logger.error("%s failed: %s\n%s", asked["action"], error, output[-2_000:])
         message = "the change failed, see the server's log; GET /v1/admin/routes says what is live"
+        failed = facts | {"state": "failed", "message": f"{type(error).__name__}: {error}"}
+        audit.append(failed, must_be_written=False)
         return {"error": {"type": type(error).__name__, "message": message}}
     return answer
 

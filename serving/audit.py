@@ -22,14 +22,35 @@ def audit_path(workspace: Workspace) -> Path:
     return workspace.state / "delivery.jsonl"
 
 
+def new_change() -> str:
+    """An id for a change."""
+    return uuid.uuid4().hex[:12]
+
+
+def read_change(path: Path, change: str) -> Mapping[str, Any] | None:
+    """The newest line about a change; ``None`` when nothing is known of it."""
+    found = None
+    if path.exists():
+        with path.open() as file:
+            for line in file:
+                if change in line and (entry := json.loads(line)).get("id") == change:
+                    found = entry
+    return found
+
+
 @dataclass(frozen=True)
 class AuditLog:
-    """Appends to a file and never changes what stands in it."""
+    """Appends to a file and never changes what stands in it.
+
+    A market without a workspace has nothing to change, so nothing is written there.
+    """
 
     path: Path
     by: str
     via: str
     clock: Callable[[], datetime]
+    change: str | None = None
+    """Id of the change; a new one for each entry when not given."""
 
     @contextmanager
     def entry(
@@ -46,19 +67,22 @@ class AuditLog:
         Raises:
             OSError: the file cannot be written, and it must.
         """
-        name = uuid.uuid4().hex[:12]
+        name = self.change or new_change()
         asked = {"id": name, "action": action, "arguments": arguments}
-        self._append(asked | {"state": "asked"}, must_be_written=must_be_written)
+        self.append(asked | {"state": "asked"}, must_be_written=must_be_written)
         try:
             yield
         except Exception as error:
             message = f"{type(error).__name__}: {error}"
             failed = asked | {"state": "refused", "message": message}
-            self._append(failed, must_be_written=False)
+            self.append(failed, must_be_written=False)
             raise
-        self._append(asked | {"state": "done"}, must_be_written=False)
+        self.append(asked | {"state": "done"}, must_be_written=False)
 
-    def _append(self, facts: Mapping[str, Any], *, must_be_written: bool) -> None:
+    def append(self, facts: Mapping[str, Any], *, must_be_written: bool) -> None:
+        """Write one line, and make sure that it is on disk."""
+        if not self.path.parent.parent.exists():
+            return
         line = {"at": format_time(self.clock()), "by": self.by, "via": self.via, **facts}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from filelock import FileLock
 from driftline.platform.errors import DeliveryError, MissingArtefactError
 from driftline.platform.registry import RegisteredBundle, Registry, read_champion
 from driftline.platform.settings import DriftlineSettings
-from driftline.platform.traffic import MAX_SHADOWS, BundleRef, Canary, read_traffic
+from driftline.platform.traffic import MAX_SHADOWS, BundleRef, Canary, Traffic, read_traffic
 from driftline.platform.windows import format_time
 from driftline.platform.workspace import Workspace
 from driftline.serving.audit import AuditLog, audit_path
@@ -38,6 +38,7 @@ class Delivery:
         by: Who asks; for the audit log.
         via: Which way the change came, e.g. ``command``.
         clock: Wall time.
+        change: Id of the one change that will be asked for, in the audit log.
     """
 
     def __init__(
@@ -47,13 +48,15 @@ class Delivery:
         by: str,
         via: str,
         clock: Callable[[], datetime] = utc_now,
+        change: str | None = None,
     ) -> None:
         self._settings = settings
         self._workspace = Workspace.of(settings)
         self._registry = Registry(settings, self._workspace)
         self._clock = clock
         self._by = by
-        self._audit = AuditLog(audit_path(self._workspace), by=by, via=via, clock=clock)
+        path = audit_path(self._workspace)
+        self._audit = AuditLog(path, by=by, via=via, clock=clock, change=change)
 
     # --- changes --------------------------------------------------------------------------
 
@@ -129,18 +132,12 @@ class Delivery:
             DeliveryError: there is no canary.
         """
         check_share(share)
-        with (
-            self._audit.entry("traffic", share=share),
-            self._registry.traffic(by=self._by, now=self._clock()) as change,
-        ):
-            old = change.after.canary
-            if old is None:
-                raise DeliveryError(
-                    "there is no canary; `driftline deploy CONFIG --bundle B --canary SHARE` "
-                    "starts one"
-                )
-            canary = next_step(old, share=share, now=self._clock())
-            change.after = replace(change.after, canary=canary)
+        with self._audit.entry("traffic", share=share):
+            _the_canary(read_traffic(self._workspace.bundles))
+            with self._registry.traffic(by=self._by, now=self._clock()) as change:
+                old = _the_canary(change.after)
+                canary = next_step(old, share=share, now=self._clock())
+                change.after = replace(change.after, canary=canary)
         return canary
 
     def stop(self, *, reasons: Sequence[str] = (), shadows: bool = True) -> None:
@@ -213,6 +210,14 @@ class Delivery:
                 "with --to"
             )
         return champion.before[0]
+
+
+def _the_canary(traffic: Traffic) -> Canary:
+    if traffic.canary is None:
+        raise DeliveryError(
+            "there is no canary; `driftline deploy CONFIG --bundle B --canary SHARE` starts one"
+        )
+    return traffic.canary
 
 
 def check_share(share: float) -> None:

@@ -40,7 +40,7 @@ def main() -> None:
     os.nice(5)  # requests come first
     raw = json.load(sys.stdin)
     settings = parse_settings(raw["settings"], origin="of the server")
-    delivery = Delivery(settings, by=raw["by"], via=raw["via"])
+    delivery = Delivery(settings, by=raw["by"], via=raw["via"], change=raw["id"])
     answer: dict[str, Any]
     try:
         carry_out(delivery, raw["action"], raw["arguments"])

@@ -16,7 +16,7 @@ import yaml
 from driftline.features.frame_files import read_frames
 from driftline.pipelines.labels import SoftLabels, shift_prior
 from driftline.pipelines.provenance import settings_hash
-from driftline.pipelines.publish import champion_before, roll_back
+from driftline.pipelines.publish import champion_before
 from driftline.pipelines.records import read_record, read_records
 from driftline.pipelines.refresh_arms import refresh_arms
 from driftline.pipelines.refresh_head import refresh_head
@@ -30,6 +30,7 @@ from driftline.platform.scorer import Scorer
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.windows import HOUR, Window
 from driftline.platform.workspace import Workspace
+from driftline.serving.delivery import Delivery
 
 Copy = Callable[[str], DriftlineSettings]
 
@@ -164,10 +165,11 @@ def test_rolling_back_makes_the_older_version_champion(market: DriftlineSettings
     first = champion(market)
     moment = log_split(market).id.start + HOUR
     assert refresh_head(market, as_of=moment).decision == "promoted"
-    assert roll_back(market, 1, now=moment).fingerprint == first.fingerprint
+    delivery = Delivery(market, by="test", via="test")
+    assert delivery.roll_back().fingerprint == first.fingerprint
     assert champion(market).fingerprint == first.fingerprint
     with pytest.raises(MissingArtefactError, match="no version 99"):
-        roll_back(market, 99, now=moment)
+        delivery.roll_back("99")
 
 
 def test_the_teacher_is_trained_once_and_then_refuses_change(market: DriftlineSettings) -> None:

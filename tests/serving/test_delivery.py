@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import stat
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -243,6 +244,7 @@ class Http:
         self.face = with_administration(nothing, settings, status=service.status)
         path = settings.serving.admin_token_file
         self.path = Workspace.of(settings).root / path if path else None
+        self.runner = asyncio.Runner()
 
     def __call__(
         self, method: str, path: str, body: bytes = b"", *, token: bytes | None = b"right"
@@ -263,7 +265,7 @@ class Http:
         async def exchange() -> None:
             await self.face(scope, receive, send)
 
-        asyncio.run(exchange())
+        self.runner.run(exchange())
         return sent[0]["status"], dict(sent[0]["headers"]), orjson.loads(sent[1]["body"])
 
 
@@ -277,15 +279,19 @@ def service(market: TinyMarket, delivery: Delivery) -> BundleService:
 
 
 @pytest.fixture
-def http(market: TinyMarket, service: BundleService) -> Http:
+def http(market: TinyMarket, service: BundleService) -> Iterator[Http]:
     serving = market.settings.serving.model_copy(update={"admin_token_file": Path("admin.token")})
-    return Http(market.settings.model_copy(update={"serving": serving}), service)
+    http = Http(market.settings.model_copy(update={"serving": serving}), service)
+    with http.runner:
+        yield http
 
 
 def test_without_a_token_file_there_is_no_administration(
     market: TinyMarket, service: BundleService
 ) -> None:
-    status, _, body = Http(market.settings, service)("GET", "/v1/admin/routes")
+    http = Http(market.settings, service)
+    with http.runner:
+        status, _, body = http("GET", "/v1/admin/routes")
     assert (status, body) == (299, {"passed": "on"})  # the scoring face says 404
 
 
@@ -363,15 +369,36 @@ def test_a_change_over_http_is_followed_and_written_down(
 ) -> None:
     sent = b'{"bundle": 3, "role": "canary", "share": 0.25, "by": "bob"}'
     status, _, body = http("POST", "/v1/admin/deploy", sent)
-    assert (status, body["live"]["canary"]["version"]) == (200, 3)
+    assert status in (200, 202)
+    see = f"/v1/admin/changes/{body['id']}"
+    for _ in range(600):
+        if (state := http("GET", see)[2]["state"]) != "running":
+            break
+        time.sleep(0.2)
+    assert state == "done"
     service.look()
     _, _, found = http("GET", "/v1/admin/routes")
+    assert found["live"]["canary"]["version"] == 3
     roles = {route["role"]: route["share"] for route in found["here"]["routes"]}
     assert roles == {"champion": 0.75, "canary": 0.25}
-
     assert champion_version(bundles) == 2
-    last = [(line["by"], line["action"], line["state"]) for line in audit(market.settings)[-2:]]
-    assert last == [("bob", "deploy", "asked"), ("bob", "deploy", "done")]
+    lines = [line for line in audit(market.settings) if line["id"] == body["id"]]
+    assert [line["state"] for line in lines] == ["received", "asked", "done"]
+    assert {line["by"] for line in lines} == {"bob"}
+
+
+def test_a_change_whose_process_dies_is_written_down_as_failed(
+    market: TinyMarket, http: Http, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("driftline.serving.admin.sys.executable", "/nowhere/python")
+    status, _, body = http("POST", "/v1/admin/rollback", b"{}")
+    assert status == 503
+    assert "the change failed" in body["error"]["message"]
+    last = audit(market.settings)[-1]
+    assert (last["state"], last["action"]) == ("failed", "rollback")
+    _, _, seen = http("GET", f"/v1/admin/changes/{last['id']}")
+    assert (seen["state"], seen["id"]) == ("failed", last["id"])
+    assert http("GET", "/v1/admin/changes/unknown")[0] == 404
 
 
 def test_what_a_child_refuses_comes_back_as_an_error(
@@ -382,6 +409,7 @@ def test_what_a_child_refuses_comes_back_as_an_error(
 ) -> None:
     asked = {
         "settings": market.settings.model_dump(mode="json"),
+        "id": "abc",
         "by": "bob",
         "via": "test",
         "action": "rollback",
