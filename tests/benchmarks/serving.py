@@ -30,7 +30,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,7 +39,6 @@ import numpy as np
 sys.path.append(str(Path(__file__).parents[2]))  # the script's own folder is there already
 
 from tests.benchmarks.open_loop import start
-from tests.benchmarks.rig.forms import Form
 from tests.benchmarks.rig.market import bench_market
 from tests.benchmarks.rig.report import (
     commit,
@@ -55,12 +54,12 @@ from tests.benchmarks.rig.served import (
     Served,
     arguments,
     chosen,
+    climb,
     closed_loop,
     served,
 )
 from tests.benchmarks.rig.usage import Usage
 
-STEP: Final = 1.4
 JUDGED: Final = (("json", 1_000), ("binary", 2_000))
 PARTS: Final = ("judged", "ads", "saturation", "swap")
 
@@ -77,8 +76,8 @@ def judged(bench: Served) -> dict[str, float]:
     figures: dict[str, float] = {}
     columns = {}
     for form, rate in points:
-        found, cells = _judge(runs[form.name], f"100_ads_{form.name}", rate=rate)
-        figures |= found
+        its_own, cells = _judge(runs[form.name], f"100_ads_{form.name}", rate=rate)
+        figures |= its_own
         columns[f"{form.name} at {rate}/s"] = cells
     names = list(dict.fromkeys(name for cells in columns.values() for name in cells))
     table = [{"": n, **{at: cells.get(n) for at, cells in columns.items()}} for n in names]
@@ -148,7 +147,7 @@ def saturation(bench: Served) -> dict[str, float]:
     for form in bench.forms.values():
         for num_ads in bench.effort.ads:
             capacity = closed_loop(bench, form, num_ads=num_ads)
-            steps = list(_climb(bench, form, num_ads=num_ads, capacity=capacity))
+            steps = list(climb(bench, form, num_ads=num_ads, capacity=capacity))
             kept_up = [step.result for step in steps if not step.is_saturated]
             rate = max((result.load.rate for result in kept_up), default=0.0)
             summary.append({
@@ -173,22 +172,6 @@ def saturation(bench: Served) -> dict[str, float]:
     print_table("Steps of rate", rows)
     print_table(f"Saturation: p99 above {SATURATED_MS:g} ms or less than 0.98 answered", summary)
     return figures
-
-
-def _climb(bench: Served, form: Form, *, num_ads: int, capacity: float) -> Iterator[Measured]:
-    seconds = bench.effort.step_seconds
-    rate, good = max(capacity / 3, 1.0), 0.0
-    while True:
-        step = bench.measure(form, num_ads=num_ads, rate=rate, seconds=seconds)
-        yield step
-        if step.is_saturated:
-            break
-        good, rate = rate, rate * STEP
-    bad = rate
-    for _ in range(2):
-        step = bench.measure(form, num_ads=num_ads, rate=(good + bad) / 2, seconds=seconds)
-        yield step
-        good, bad = (good, (good + bad) / 2) if step.is_saturated else ((good + bad) / 2, bad)
 
 
 def swap(bench: Served) -> dict[str, float]:

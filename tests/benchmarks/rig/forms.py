@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from http.client import HTTPConnection
 from urllib.parse import urlsplit
 
@@ -10,15 +11,19 @@ import orjson
 from numpy.typing import NDArray
 from tests.benchmarks.rig.market import Asked
 
+from driftline.platform.windows import parse_time
+
 
 @dataclass(frozen=True)
 class Told:
     """What an answer says, whatever its form."""
 
     bundle: str
-    as_of: str
-    """The moment of the features, as text."""
+    as_of: datetime
+    """The moment of the features."""
     probabilities: NDArray[np.float64]
+    fallbacks: frozenset[str]
+    """Why the page or any ad was not scored as usual."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,13 @@ class Form:
 
 def _read_json(content: bytes) -> Told:
     answer = orjson.loads(content)
-    probabilities = np.array(answer["probabilities"], np.float64)
-    return Told(answer["bundle"], answer["as_of"], probabilities)
+    reasons = {answer["fallbacks"]["page"], *(one["reason"] for one in answer["fallbacks"]["ads"])}
+    return Told(
+        answer["bundle"],
+        parse_time(answer["as_of"]),
+        np.array(answer["probabilities"], np.float64),
+        frozenset(reasons - {None}),
+    )
 
 
 def _write_binary(asked: Asked) -> bytes:
@@ -55,10 +65,16 @@ def _read_binary(content: bytes) -> Told:
     from driftline.serving.scoring_pb2 import ScoreAnswer
 
     answer = ScoreAnswer.FromString(content)
-    moment = np.datetime64(answer.as_of_us, "us")
-    return Told(answer.bundle, f"{moment}Z", np.array(answer.probabilities, np.float64))
+    reasons = {answer.page_fallback, *(one.reason for one in answer.ad_fallbacks)}
+    return Told(
+        answer.bundle,
+        EPOCH + timedelta(microseconds=answer.as_of_us),
+        np.array(answer.probabilities, np.float64),
+        frozenset(reasons - {""}),
+    )
 
 
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 SCORE = "/v1/score"
 JSON = Form("json", "application/json", lambda asked: asked.json, _read_json, 2e-6)
 BINARY = Form("binary", "application/x-protobuf", _write_binary, _read_binary, 2e-6)

@@ -22,6 +22,7 @@ from driftline.serving.server import ServingHandle, start_serving
 NUM_BODIES: Final = 200
 SATURATED_MS: Final = 50.0
 ANSWERED_SHARE: Final = 0.98
+STEP: Final = 1.4
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Served:
     market: BenchMarket
     server: ServingHandle
     effort: Effort
+    num_bodies: int = NUM_BODIES
     seed: int = 0
     bodies: dict[tuple[str, int], list[bytes]] = field(default_factory=dict)
 
@@ -62,7 +64,7 @@ class Served:
         """So many requests a second in one form; each load has other arrivals."""
         key = form.name, num_ads
         if key not in self.bodies:
-            asked = self.market.asked(num_ads, NUM_BODIES)
+            asked = self.market.asked(num_ads, self.num_bodies)
             self.bodies[key] = [form.write(one) for one in asked]
         self.seed += 1
         return Load(
@@ -139,6 +141,30 @@ def closed_loop(bench: Served, form: Form, *, num_ads: int) -> float:
     result = drive(replace(load, arrivals="closed"))
     say(f"  {form.name} x {num_ads}, closed loop: {result.throughput:.0f}/s")
     return result.throughput
+
+
+def climb(bench: Served, form: Form, *, num_ads: int, capacity: float) -> Iterator[Measured]:
+    """Rates that grow until one is too much, then two halvings of what lies between."""
+    seconds = bench.effort.step_seconds
+    rate, good = max(capacity / 3, 1.0), 0.0
+    while True:
+        step = bench.measure(form, num_ads=num_ads, rate=rate, seconds=seconds)
+        yield step
+        if step.is_saturated:
+            break
+        good, rate = rate, rate * STEP
+    bad = rate
+    for _ in range(2):
+        step = bench.measure(form, num_ads=num_ads, rate=(good + bad) / 2, seconds=seconds)
+        yield step
+        good, bad = (good, (good + bad) / 2) if step.is_saturated else ((good + bad) / 2, bad)
+
+
+def saturation_of(bench: Served, form: Form, *, num_ads: int) -> float:
+    """The largest rate of ``climb`` that was kept up with; 0 if none was."""
+    capacity = closed_loop(bench, form, num_ads=num_ads)
+    steps = climb(bench, form, num_ads=num_ads, capacity=capacity)
+    return max((s.result.load.rate for s in steps if not s.is_saturated), default=0.0)
 
 
 def arguments(description: str, parts: Sequence[str]) -> argparse.ArgumentParser:
