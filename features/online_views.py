@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from driftline.features.feast_plugins.arranged import code_strings
+from driftline.features.feast_plugins.arranged import code_strings, no_codes
 from driftline.features.feast_plugins.keys import Keys
 from driftline.features.feast_plugins.snapshot import Snapshot, current_version
 from driftline.features.views import NO_TEXT, TEXT_ID, View
@@ -214,9 +214,7 @@ def empty_table(wanted: Wanted) -> ViewTable:
     return ViewTable(
         event_us=np.zeros(1, np.int64),
         numbers=np.full((1, len(wanted.numbers)), np.nan, np.float32),
-        categories={
-            name: code_strings(pa.chunked_array([[]], pa.string())) for name in wanted.categories
-        },
+        categories={name: no_codes() for name in wanted.categories},
         text_id=np.full(1, NO_TEXT, np.int64) if wanted.text_id else None,
     )
 

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from driftline.features.feast_plugins.columns import side_by_side
+from driftline.features.feast_plugins.columns import plain_numbers
 from driftline.features.feast_plugins.keys import KeyIndex, open_key_index, save_key_index
 from driftline.features.feast_plugins.merging import RESERVED
 from driftline.features.feast_plugins.scan import EVENT_US, KEY, UNKNOWN_US
@@ -74,14 +74,15 @@ class Arranged:
     @classmethod
     def of(cls, rows: pa.Table, layout: Layout) -> Self:
         """Arrange online rows in memory; slot by slot, in their order."""
-        event_us = np.append(rows.column(EVENT_US).to_numpy(), UNKNOWN_US)
         numbers = np.full((len(rows) + 1, len(layout.numbers)), np.nan, np.float32)
-        numbers[:-1] = side_by_side(rows, layout.numbers, np.dtype(np.float32))
+        for place, name in enumerate(layout.numbers):
+            numbers[:-1, place] = plain_numbers(rows.column(name), null=np.nan)
+        integers = {name: plain_numbers(rows.column(name), null=0) for name in layout.integers}
         return cls(
             layout,
-            event_us,
+            np.append(plain_numbers(rows.column(EVENT_US)), UNKNOWN_US),
             numbers,
-            {name: np.append(_integers(rows.column(name)), 0) for name in layout.integers},
+            {name: np.append(values, 0) for name, values in integers.items()},
             {name: code_strings(rows.column(name)) for name in layout.categories},
         )
 
@@ -190,8 +191,13 @@ def open_arranged(folder: Path, keys: pa.Array) -> tuple[Arranged, KeyIndex] | N
 def code_strings(values: pa.ChunkedArray) -> Codes:
     """Codes and the strings they stand for; -1, also at the end, stands for a missing one."""
     encoded = values.combine_chunks().dictionary_encode()
-    codes = np.append(np.asarray(encoded.indices.fill_null(-1)), -1).astype(np.int32)
+    codes = np.append(plain_numbers(encoded.indices, null=-1), -1).astype(np.int32)
     return codes, _strings(encoded.dictionary.to_pylist())
+
+
+def no_codes() -> Codes:
+    """The codes of a view without a row."""
+    return np.array([-1], np.int32), _strings([])
 
 
 def _joined(known: NDArray[np.object_], added: Codes) -> tuple[NDArray[np.object_], NDArray[Any]]:
@@ -200,10 +206,6 @@ def _joined(known: NDArray[np.object_], added: Codes) -> tuple[NDArray[np.object
     places = {value: place for place, value in enumerate(known[:-1].tolist())}
     moved = [places.setdefault(value, len(places)) for value in values[:-1].tolist()]
     return _strings(list(places)), np.array([*moved, -1], np.int32)[codes]
-
-
-def _integers(values: pa.ChunkedArray) -> NDArray[np.int64]:
-    return np.asarray(values.fill_null(0), np.int64)
 
 
 def _strings(values: Sequence[str]) -> NDArray[np.object_]:

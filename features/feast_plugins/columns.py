@@ -16,6 +16,32 @@ def is_number(kind: pa.DataType) -> bool:
     return pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)
 
 
+def plain_numbers(values: pa.Array | pa.ChunkedArray, *, null: float | None = None) -> Column:
+    """Integers or floats as numpy, a view of Arrow's own memory where nothing is null.
+
+    Arrow's own ``to_numpy`` imports pandas, which costs a server seconds at its start and memory.
+
+    Args:
+        values: One type of number, no booleans.
+        null: Stands for what is null; there must be nothing null without it.
+    """
+    if null is not None and values.null_count:
+        values = values.fill_null(null)
+    assert not values.null_count, "nulls need a number that stands for them"
+    if isinstance(values, pa.ChunkedArray):
+        values = values.chunk(0) if values.num_chunks == 1 else values.combine_chunks()
+    kind = np.dtype({"float": "f4", "double": "f8"}.get(str(values.type), str(values.type)))
+    if not len(values):
+        return np.empty(0, kind)
+    return np.frombuffer(values.buffers()[1], kind)[values.offset :][: len(values)]
+
+
+def arrow_rows(rows: NDArray[np.int64]) -> pa.Array:
+    """Row numbers for Arrow's ``take``; ``pa.array`` would import pandas, too."""
+    whole = np.ascontiguousarray(rows, np.int64)
+    return pa.Array.from_buffers(pa.int64(), len(whole), [None, pa.py_buffer(whole)])
+
+
 def as_numpy(values: pa.ChunkedArray) -> Column:
     """A column as numpy, without a copy where it is one chunk of numbers without nulls.
 

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from driftline.features.feast_plugins.columns import plain_numbers
 from driftline.features.feast_plugins.errors import FeatureStoreError
 from driftline.platform.key_directory import WORTH_IT, KeyDirectory, hash_bytes
 from driftline.platform.mapped_tables import map_table
@@ -72,7 +73,7 @@ class KeyIndex(Protocol):
 def build_key_index(keys: pa.Array) -> KeyIndex:
     """Index distinct, non-null keys without a Python object per row."""
     if keys.type == pa.int64():
-        numbers = keys.to_numpy(zero_copy_only=False)
+        numbers = plain_numbers(keys)
         return _DenseIndex(_dense(numbers)) if _is_dense(numbers) else _SortedIntegers(numbers)
     return _SortedStrings(*_sorted(fixed_bytes(keys)))
 
@@ -80,7 +81,7 @@ def build_key_index(keys: pa.Array) -> KeyIndex:
 def save_key_index(keys: pa.Array, folder: Path) -> None:
     """Write the index of ascending, distinct keys as files for :func:`open_key_index`."""
     if keys.type == pa.int64():
-        numbers = keys.to_numpy(zero_copy_only=False)
+        numbers = plain_numbers(keys)
         if _is_dense(numbers):
             np.save(folder / _DENSE, _dense(numbers))
         else:
@@ -101,7 +102,7 @@ def open_key_index(keys: pa.Array, folder: Path) -> KeyIndex:
     if keys.type == pa.int64():
         if directory is not None:
             return _HashedIntegers(directory)
-        return _SortedIntegers(keys.to_numpy(zero_copy_only=False), is_sorted=True)
+        return _SortedIntegers(plain_numbers(keys), is_sorted=True)
     texts = map_table(folder / _TEXTS)
     return _SortedStrings(texts) if directory is None else _HashedStrings(texts, directory)
 
@@ -231,8 +232,8 @@ def _integers(keys: Keys) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None]:
     if isinstance(keys, (pa.Array, pa.ChunkedArray)):
         column = as_key_type(keys, pa.int64(), "the column of requested keys")
         if not column.null_count:
-            return np.asarray(column), None
-        return np.asarray(column.fill_null(0)), np.asarray(column.is_null())
+            return plain_numbers(column), None
+        return plain_numbers(column, null=0), np.asarray(column.is_null())
     numbers: NDArray[Any] = np.asarray(keys)
     if numbers.dtype.kind in "iu":
         return numbers.astype(np.int64, copy=False), None
@@ -278,7 +279,7 @@ def _texts_of_width(keys: Keys, width: int) -> tuple[NDArray[np.bytes_], NDArray
 
 def fixed_bytes(keys: pa.Array) -> NDArray[np.bytes_]:
     """Strings as one array of zero-padded bytes, without a Python object per key."""
-    lengths = pc.binary_length(keys).to_numpy(zero_copy_only=False)
+    lengths = plain_numbers(pc.binary_length(keys))
     width = max(int(lengths.max(initial=0)), 1)
     if width > _MAX_KEY_BYTES:
         raise FeatureStoreError(

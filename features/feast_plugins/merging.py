@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from driftline.features.feast_plugins.columns import arrow_rows, plain_numbers
 from driftline.features.feast_plugins.errors import FeatureStoreError
 from driftline.features.feast_plugins.keys import as_key_type, fixed_bytes, key_type
 from driftline.features.feast_plugins.scan import CREATED_US, EVENT_US, KEY, UNKNOWN_US
@@ -63,16 +64,16 @@ def newest_by_key(parts: Sequence[pa.Table]) -> pa.Table:
     rows = pa.concat_tables([align(part, parts[-1].schema) for part in parts]).combine_chunks()
     keys = rows.column(KEY).combine_chunks()
     if keys.type == pa.int64():
-        codes = keys.to_numpy(zero_copy_only=False)
+        codes = plain_numbers(keys)
     else:
         codes = np.unique(fixed_bytes(keys), return_inverse=True)[1]
-    event_us = rows.column(EVENT_US).to_numpy()
-    order = np.lexsort((rows.column(CREATED_US).to_numpy(), event_us, codes))
+    event_us = plain_numbers(rows.column(EVENT_US))
+    order = np.lexsort((plain_numbers(rows.column(CREATED_US)), event_us, codes))
     ordered = codes[order]
     last = np.append(ordered[1:] != ordered[:-1], True)[: len(order)]
     if bool(last.all()) and bool(np.all(order[1:] > order[:-1])):
         return rows
-    return rows.take(pa.array(order[last])).combine_chunks()
+    return rows.take(arrow_rows(order[last])).combine_chunks()
 
 
 def align(rows: pa.Table, schema: pa.Schema) -> pa.Table:

@@ -46,8 +46,9 @@ class SnapshotOnlineStoreConfig(FeastConfigBaseModel):
     type: StrictStr = "driftline.features.feast_plugins.online.SnapshotOnlineStore"
     path: str = "online"
     """Folder of the snapshots, relative to the Feast repository."""
-    compact_share: PositiveFloat = 0.2
-    """Rows in deltas, as a share of the base, above which they are merged into it."""
+    compact_share: PositiveFloat = 0.002
+    """Rows in deltas, as a share of the base, above which they are merged into it: each row of a
+    delta is a page of memory of a reader's own. Below 1,000 rows they never are."""
     lock_timeout_s: PositiveFloat = 60.0
     """Longest wait for another writer of the same view."""
     durable: bool = Field(default=True)

@@ -15,9 +15,11 @@ from driftline.features.feast_plugins.arranged import Arranged, Layout, open_arr
 from driftline.features.feast_plugins.columns import (
     Column,
     Matrix,
+    arrow_rows,
     as_numpy,
     is_number,
     matrix_type,
+    plain_numbers,
     side_by_side,
 )
 from driftline.features.feast_plugins.errors import FeatureStoreError
@@ -146,7 +148,7 @@ class Snapshot:
         self._num_rows += int(added.sum())
         slots[added] = np.arange(len(base.table), self._num_rows)
         if added.any():
-            keys = late.column(KEY).take(pa.array(wins[added]))
+            keys = late.column(KEY).take(arrow_rows(wins[added]))
             self._added = build_key_index(keys.combine_chunks())
         order = np.argsort(slots)
         self._slots, self._wins = slots[order], wins[order]
@@ -157,7 +159,7 @@ class Snapshot:
         """The base's columns with the newer rows in them; none if the features have changed."""
         if Layout.of(late.schema, arranged.layout.categories) != arranged.layout:
             return None
-        rows = late.take(pa.array(self._wins))
+        rows = late.take(arrow_rows(self._wins))
         return arranged.with_rows(
             rows, self._slots, num_slots=self._num_rows, folder=self._base.folder
         )
@@ -270,7 +272,7 @@ class Snapshot:
         # After a small write this is a copy in memory and a few rows, not a new reading.
         matrix = np.empty((len(self) + 1, len(names)), dtype)
         matrix[: len(base) - 1], matrix[-1] = base[:-1], np.nan
-        matrix[self._slots] = side_by_side(self._late.take(pa.array(self._wins)), names, dtype)
+        matrix[self._slots] = side_by_side(self._late.take(arrow_rows(self._wins)), names, dtype)
         return matrix
 
     def _all_numbers(self, names: tuple[str, ...]) -> bool:
@@ -354,8 +356,8 @@ class _Base:
             self.index: KeyIndex = build_key_index(keys)
         else:
             self.arranged, self.index = arranged
-        self._event_us = _whole(table.column(EVENT_US)).to_numpy()
-        self._created_us = _whole(table.column(CREATED_US)).to_numpy()
+        self._event_us = plain_numbers(table.column(EVENT_US))
+        self._created_us = plain_numbers(table.column(CREATED_US))
         self._matrices: dict[tuple[str, ...], Matrix] = {}
 
     def padded_matrix(self, names: tuple[str, ...], dtype: np.dtype[np.floating]) -> Matrix:
@@ -371,8 +373,8 @@ class _Base:
         """Whether a late row replaces the base row at its slot; of equal ones, it does."""
         if not len(self.table):
             return np.ones(len(slots), bool)
-        event_us, mine = late.column(EVENT_US).to_numpy(), self._event_us[slots]
-        created_us = late.column(CREATED_US).to_numpy()
+        event_us, mine = plain_numbers(late.column(EVENT_US)), self._event_us[slots]
+        created_us = plain_numbers(late.column(CREATED_US))
         return (mine < event_us) | ((mine == event_us) & (self._created_us[slots] <= created_us))
 
 

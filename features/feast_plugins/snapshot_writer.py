@@ -41,7 +41,7 @@ class SnapshotWriter:
         self,
         view_dir: Path,
         *,
-        compact_share: float = 0.2,
+        compact_share: float = 0.002,
         lock_timeout_s: float = 60,
         durable: bool = True,
         categories: Sequence[str] = (),

@@ -1,6 +1,9 @@
 """Arranged columns and key indexes in files against the same made in memory from the Arrow rows."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -186,3 +189,25 @@ def test_equal_hashes_give_no_directory() -> None:
     texts = fixed_bytes(pa.array(["a", "ab", "abcdefgh", "abcdefghi"]))
     wide = texts.astype("S40")
     assert hash_bytes(texts, num_bytes=9).tolist() == hash_bytes(wide, num_bytes=9).tolist()
+
+
+READ = """
+import sys
+from pathlib import Path
+from driftline.features.feast_plugins.snapshot import Snapshot
+
+snapshot = Snapshot.open(Path(sys.argv[1]))
+assert snapshot.arranged(["clicks", "brand"]).numbers[snapshot.rows([10**13])].tolist() == [[9, 9]]
+print(sorted({"pandas", "feast"} & set(sys.modules)))
+"""
+
+
+def test_a_reader_needs_neither_pandas_nor_feast(tmp_path: Path) -> None:
+    # Each takes seconds to import, and memory of every replica's own.
+    writer = SnapshotWriter(tmp_path / "view", durable=False, categories=["brand"])
+    writer.write(rows_of([(1, 2, "red"), (2, 3, None)], 1, texts=False))
+    writer.write(rows_of([(1, 9, "blue")], 2, texts=False))
+    command = [sys.executable, "-c", READ, str(tmp_path / "view")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
