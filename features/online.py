@@ -5,6 +5,8 @@ and :meth:`OnlineFeatures.refresh` swaps to newer ones by one assignment. With R
 products come from there, one round trip a request.
 """
 
+import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,7 +27,12 @@ from driftline.features.online_views import (
     Wanted,
     empty_table,
 )
-from driftline.features.paths import materialized_path, online_folder, project_name
+from driftline.features.paths import (
+    materialized_path,
+    online_folder,
+    project_name,
+    unfinished_path,
+)
 from driftline.features.views import NO_TEXT, TEXT_ID, View, feature_views
 from driftline.platform.artefacts import read_json
 from driftline.platform.columns import PRODUCT_ALIASES, TEXT_ID_COLUMNS, head_columns
@@ -35,7 +42,11 @@ from driftline.platform.windows import format_time, parse_time
 if TYPE_CHECKING:
     from driftline.features.online_redis import RedisSource
 
+logger = logging.getLogger(__name__)
+
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+PATIENCE_SECONDS: Final = 5.0
+"""How long a reader that has nothing yet waits for a materialisation to end."""
 
 Columns = dict[str, NDArray[Any]]
 
@@ -240,21 +251,44 @@ class OnlineFeatures:
 
     def _look(self, old: OnlineVersion | None) -> OnlineVersion:
         """The newest version; ``old`` itself when there is no newer one."""
-        as_of = self._read_as_of()  # before the snapshots, which are then at least as new
         if self._redis is not None:
             from driftline.features.online_redis import RedisVersion
 
             assert old is None or isinstance(old, RedisVersion)
-            return self._redis.look(old, as_of=as_of)
+            return self._redis.look(old, as_of=self._read_as_of())
         assert old is None or isinstance(old, SnapshotVersion)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            before = self._finished()
+            new = self._look_at_snapshots(old)
+            if before is not None and before == self._finished():
+                return old if old is not None and new.equals(old) else new
+            if old is not None:
+                return old  # some views are newer than others: look again later
+            if time.monotonic() > deadline:
+                logger.warning("the online store is half written; starting with what is there")
+                return new
+            time.sleep(0.05)
+
+    def _look_at_snapshots(self, old: SnapshotVersion | None) -> SnapshotVersion:
+        as_of = self._read_as_of()
         folder = online_folder(self._settings)
         lookups = {}
         for wanted in self._wanted:
             name = wanted.view.name
             since = None if old is None else old.lookups[name]
             lookups[name] = SnapshotLookup.open(folder / name, wanted, since=since)
-        new = SnapshotVersion(lookups, as_of)
-        return old if old is not None and new.equals(old) else new
+        return SnapshotVersion(lookups, as_of)
+
+    def _finished(self) -> tuple[int, int] | None:
+        """Changes with every materialisation; ``None`` while one is under way or was killed."""
+        if unfinished_path(self._settings).exists():
+            return None
+        try:
+            found = materialized_path(self._settings).stat()
+        except FileNotFoundError:
+            return 0, 0
+        return found.st_ino, found.st_mtime_ns
 
     def _none(self, wanted: Wanted, num: int) -> Found:
         """Keys of a view about which nothing is known."""

@@ -19,3 +19,11 @@ def online_folder(settings: DriftlineSettings) -> Path:
 def materialized_path(settings: DriftlineSettings) -> Path:
     """What was materialised last, by view."""
     return Workspace.of(settings).features / "materialized.json"
+
+
+def unfinished_path(settings: DriftlineSettings) -> Path:
+    """There while views are being written, and after a writer that was killed.
+
+    Some views of the online store may then be newer than others.
+    """
+    return Workspace.of(settings).features / ".materializing"

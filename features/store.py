@@ -22,7 +22,12 @@ from filelock import FileLock
 
 from driftline.features.definitions import VERSION_TAG, feast_objects, feast_project
 from driftline.features.online_plan import ViewPlan, plan_view
-from driftline.features.paths import materialized_path, online_folder, project_name
+from driftline.features.paths import (
+    materialized_path,
+    online_folder,
+    project_name,
+    unfinished_path,
+)
 from driftline.features.views import View, feature_view_versions, feature_views
 from driftline.platform.artefacts import read_json, write_json
 from driftline.platform.errors import ContractError, MissingArtefactError
@@ -172,6 +177,8 @@ def materialize(settings: DriftlineSettings, *, as_of: datetime) -> MaterializeR
             plan_view(view, settings, state.get(view.name), as_of=as_of)
             for view in feature_views(settings)
         ]
+        unfinished = unfinished_path(settings)
+        unfinished.touch()  # servers keep what they have until all views are there
         for start in sorted({plan.start for plan in plans}):
             together = [plan for plan in plans if plan.start == start]
             if gone := {plan.view.name for plan in together if plan.kind == "rebuilt"}:
@@ -180,6 +187,7 @@ def materialize(settings: DriftlineSettings, *, as_of: datetime) -> MaterializeR
             _run(store, together, tables, as_of=as_of)
             state |= {plan.view.name: plan.state for plan in together}
             write_json(state_path, state)
+        unfinished.unlink()
     seconds = time.monotonic() - started
     done = {plan.view.name: plan.kind for plan in plans}
     logger.info("materialised as of %s in %.2f s: %s", format_time(as_of), seconds, done)

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from tests.tiny_market import Request, TinyMarket
 
 from driftline.features.online import OnlineFeatures
-from driftline.features.paths import materialized_path, online_folder
+from driftline.features.paths import materialized_path, online_folder, unfinished_path
 from driftline.features.store import materialize
 from driftline.platform.artefacts import whole_directory
 from driftline.platform.bundle import Bundle
@@ -86,8 +86,8 @@ class World:
     bodies: Sequence[bytes]
     expected: dict[Key, list[NDArray[np.float64]]]
     """Offline scores of each request, by bundle and snapshot."""
-    lock: threading.Lock
-    """Held while the store changes from one state to another: a look does not fall in between."""
+    writing: threading.Lock
+    """Writers of the store take turns; readers do not ask."""
 
     def publish(self, number: int, *, version: int) -> None:
         self.market.promote(self.bundles[number], version=version)
@@ -97,23 +97,26 @@ class World:
         assert pointer is not None
         return pointer.fingerprint
 
-    def swap(self, number: int) -> None:
-        with self.lock:
-            self.place(number)
+    def swap(self, number: int, *, nap: Callable[[], None]) -> None:
+        """Bring the online store to a state as ``materialize`` does: one view after the other."""
+        with self.writing:
+            unfinished = unfinished_path(self.market.settings)
+            unfinished.touch()
+            self.place(number, nap=nap)
+            unfinished.unlink()
 
-    def place(self, number: int) -> None:
-        """Put a state of the online store in place, by two atomic renames."""
+    def place(self, number: int, *, nap: Callable[[], None] = lambda: None) -> None:
+        """Put the views of a state in place, then say that they are."""
         folder, moment = _places(self.market)
-        link = folder.with_name("next")
-        link.symlink_to(self.states[number] / "online")
-        link.replace(folder)
+        folder.mkdir(exist_ok=True)
+        for view in sorted(self.states[number].glob("online/*")):
+            link = folder.parent / "next"
+            link.symlink_to(view)
+            link.replace(folder / view.name)
+            nap()
         written = moment.with_name("next.json")
         shutil.copy(self.states[number] / "materialized.json", written)
         written.replace(moment)
-
-    def look(self, service: BundleService) -> None:
-        with self.lock:
-            service.look()
 
     def ask(self, service: BundleService, number: int) -> Told:
         answer = orjson.loads(service.score(self.bodies[number]))
@@ -162,7 +165,7 @@ def world(market: TinyMarket, first: Bundle, second: Bundle) -> World:
         moments=moments,
         bodies=[_body(request) for request in chosen],
         expected={},
-        lock=threading.Lock(),
+        writing=threading.Lock(),
     )
     scorers = {bundle.fingerprint: Scorer.of(bundle) for bundle in (first, second)}
     for number, as_of in enumerate(moments):
@@ -281,7 +284,7 @@ def test_every_answer_is_the_offline_score_of_one_published_bundle_and_one_snaps
                 assert world.matching(number, probabilities) == {key}
                 assert key[0] in may_live
                 assert key[1] in may_show
-            world.look(service)  # now nothing races: the newest of both is there
+            service.look()  # now nothing races: the newest of both is there
             champion = {world.champion()}
             live = champion - {broken} or {str(service.status()["bundle"])}
             stored = shown = {parse_time(service.status()["features"]["as_of"])}
@@ -310,12 +313,12 @@ def _race(
         start.wait(30)
         for kind, argument, looks in part:
             if kind == "swap":
-                world.swap(argument)
+                world.swap(argument, nap=lambda: time.sleep(chooser.uniform(0, NAP_SECONDS / 4)))
             elif kind == "publish":
                 world.publish(argument, version=version)
             if looks:
                 with Nap(chooser):
-                    world.look(service)
+                    service.look()
 
     def ask(numbers: Sequence[int], number: int) -> list[Told]:
         chooser = random.Random(1000 + seed + number)
@@ -375,3 +378,32 @@ def test_answers_stay_whole_while_the_background_thread_follows(world: World) ->
     for key, number, probabilities in told:
         assert world.matching(number, probabilities) == {key}
     assert {key[1] for key, _, _ in told} == {world.moments[0]}
+
+
+def test_a_store_that_is_half_written_is_not_taken(world: World) -> None:
+    world.place(0)
+    world.publish(0, version=1)
+    service = BundleService(world.market.settings)
+    service.look()
+    folder, _ = _places(world.market)
+    unfinished = unfinished_path(world.market.settings)
+    unfinished.touch()
+    views = sorted(world.states[1].glob("online/*"))
+    for view in views[len(views) // 2 :]:  # and then the writer is killed
+        (folder / view.name).unlink()
+        (folder / view.name).symlink_to(view)
+    for _ in range(3):
+        service.look()
+
+    for number in range(NUM_REQUESTS):
+        key, _, probabilities = world.ask(service, number)
+        assert key[1] == world.moments[0]
+        assert world.matching(number, probabilities) == {key}
+
+    world.place(1)  # the next one ends well
+    unfinished.unlink()
+    service.look()
+    for number in range(NUM_REQUESTS):
+        key, _, probabilities = world.ask(service, number)
+        assert key[1] == world.moments[1]
+        assert world.matching(number, probabilities) == {key}
