@@ -18,6 +18,7 @@ from driftline.features.store import open_store
 from driftline.platform.bundle import Bundle
 from driftline.platform.scorer import Scorer
 from driftline.platform.settings import DriftlineSettings
+from driftline.platform.vector_deltas import scorer_with_deltas
 from driftline.platform.windows import format_time
 from driftline.platform.workspace import Workspace
 
@@ -238,7 +239,7 @@ class Comparison:
 
 
 def _scorer(path: Path) -> Scorer | None:
-    return Scorer.of(Bundle.open(path)) if path.is_dir() else None
+    return scorer_with_deltas(Bundle.open(path)) if path.is_dir() else None
 
 
 def _same(left: pa.ChunkedArray, right: pa.ChunkedArray) -> Mask:

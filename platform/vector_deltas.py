@@ -143,6 +143,13 @@ def known_vectors(bundle: Bundle) -> VectorCache:
     return bundle.vectors if late is None else bundle.vectors.merged(late.vectors)
 
 
+def scorer_with_deltas(bundle: Bundle) -> Scorer:
+    """The scorer of a bundle and all its deltas: what a server answers with that looks now."""
+    reader = DeltaReader(bundle)
+    reader.look()
+    return grown_scorer(Scorer.of(bundle), bundle, reader.deltas)
+
+
 def grown_scorer(scorer: Scorer, bundle: Bundle, deltas: Sequence[VectorDelta]) -> Scorer:
     """A bundle's scorer that knows the texts of its deltas, too.
 

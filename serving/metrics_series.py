@@ -61,7 +61,7 @@ STAGE_SECONDS: Final = Series(
 )  # fmt: skip
 FALLBACKS: Final = Series(
     "fallbacks", "counter",
-    "Products not scored as usual: unknown_product, neutral_text (not cached), encoded_text.",
+    "Products not scored as usual: unknown_product, neutral_text, encoded_text, store_unavailable.",
     ("role", "reason"),
 )  # fmt: skip
 FEATURE_AGE: Final = Series(

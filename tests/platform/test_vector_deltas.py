@@ -34,6 +34,7 @@ from driftline.platform.vector_deltas import (
     deltas_folder,
     grown_scorer,
     known_vectors,
+    scorer_with_deltas,
 )
 
 WIDTH, NUM_TEXTS, NUM_OLD = 4, 40, 25
@@ -115,6 +116,7 @@ def test_later_vectors_score_as_if_the_bundle_had_had_them(tmp_path: Path, publi
     assert path.name == "000003.safetensors"
     grown = grown_scorer(own, bundle, reader.deltas)
     np.testing.assert_allclose(grown.score(table()), whole.score(table()), atol=1e-6)
+    np.testing.assert_array_equal(scorer_with_deltas(bundle).score(table()), grown.score(table()))
     ids = np.append(TEXTS, [0, 5])
     assert (grown.vectors.rows(ids) >= 0).tolist() == [True] * NUM_TEXTS + [False] * 2
     part = grown.vectors.part(np.sort(ids))
