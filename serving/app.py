@@ -5,6 +5,7 @@ Loading a new bundle is not a matter of Serve's ``reconfigure``, which leaves re
 """
 
 import logging
+import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,10 @@ logger = logging.getLogger(__name__)
 MAX_ONGOING: Final = 10_000
 """Requests handed to a replica at once, more than HAProxy has connections: who waits, and how long,
 is the business of our own line, and slow clients must not fill Ray Serve's."""
+
+
+SWITCH_SECONDS: Final = 0.0005
+"""How long a request waits for a thread of ours that has the interpreter; Python's own is 5 ms."""
 
 
 class ServingAppSettings(Settings):
@@ -59,6 +64,7 @@ class ScoringReplica:
     def __init__(self, market: dict[str, Any]) -> None:
         middlewares()  # where Ray Serve does not call it itself: behind its own proxy
         torch.set_num_threads(1)  # requests run beside each other, not one on many cores
+        sys.setswitchinterval(SWITCH_SECONDS)
         settings = parse_settings(market, origin="of the Serve application")
         replica = f"{settings.name}-{uuid.uuid4().hex[:6]}"
         self._market = settings
