@@ -7,7 +7,7 @@ products come from there, one round trip a request.
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -24,6 +24,7 @@ from driftline.features.online_views import (
     OnlineVersion,
     SnapshotLookup,
     SnapshotVersion,
+    ViewTable,
     Wanted,
     empty_table,
 )
@@ -156,8 +157,11 @@ class OnlineFeatures:
         """Moment up to which the store is known to be complete; ``None`` before the first time."""
         return self._version.as_of
 
-    def refresh(self) -> bool:
+    def refresh(self, *, prepare: Callable[[Sequence[ViewTable]], None] | None = None) -> bool:
         """Swap to newer snapshots if there are any; whether there were.
+
+        Args:
+            prepare: Called with the new tables before any request sees them.
 
         Raises:
             FeatureStoreError: a snapshot is damaged; the old ones stay.
@@ -165,6 +169,8 @@ class OnlineFeatures:
         old = self._version
         new = self._look(old)
         if new is not old:
+            if prepare is not None:
+                prepare(new.tables())
             self._version = new
         return new is not old
 

@@ -115,6 +115,10 @@ class RedisVersion:
         found = self.source.read(self.source.categories[view.name], keys)
         return None if found is None else found[view.name]
 
+    def tables(self) -> Sequence[ViewTable]:
+        """Of the views of categories; those of products are read anew for each request."""
+        return [groups.table for groups in self.groups.values()]
+
     def view_version(self, name: str) -> str | None:
         """Unknown: Redis does not tell when it was written."""
         return None

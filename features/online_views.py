@@ -70,6 +70,9 @@ class OnlineVersion(Protocol):
     def group(self, view: View, keys: Sequence[Key | None]) -> Found | None:
         """One view of categories; the same."""
 
+    def tables(self) -> Sequence[ViewTable]:
+        """Those that many requests will look into."""
+
     def view_version(self, name: str) -> str | None:
         """Changes with every write; ``None`` before the first, or when it cannot be known."""
 
@@ -130,6 +133,10 @@ class SnapshotVersion:
     def group(self, view: View, keys: Keys) -> Found | None:
         """A view of categories."""
         return self.lookups[view.name].find(keys)
+
+    def tables(self) -> Sequence[ViewTable]:
+        """Of all views."""
+        return [lookup.table for lookup in self.lookups.values()]
 
     def view_version(self, name: str) -> str | None:
         """Version of a view's snapshot."""

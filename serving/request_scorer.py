@@ -10,6 +10,7 @@ F numeric inputs made of them, V width of the first layer.
 """
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Self
 from weakref import WeakKeyDictionary
@@ -116,12 +117,13 @@ class RequestScorer:
         made.scorer = scorer
         return made
 
-    def prepare(self, read: OnlineRead) -> None:
-        """Map the categories of the tables behind a read, so that no request has to."""
-        for side in self._sides(read):
-            for source in side.sources:
-                for column, name in source.categories:
-                    self._map(read.parts[source.part].found.table, column, name)
+    def prepare(self, tables: Iterable[ViewTable]) -> None:
+        """Map the categories of tables that are about to come, so that no request has to."""
+        for table in tables:
+            for column in self._categories:
+                name = column.partition("__")[2]
+                if name in table.categories:
+                    self._map(table, column, name)
 
     def score(self, read: OnlineRead) -> RequestScore:
         """Score the page and ads of a read."""

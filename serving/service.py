@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from driftline.features.online import OnlineFeatures, OnlineRead
 from driftline.features.online_freshness import StaleTier
+from driftline.features.online_views import ViewTable
 from driftline.platform.bundle import Bundle
 from driftline.platform.errors import BundleError, DriftlineError
 from driftline.platform.settings import DriftlineSettings
@@ -100,7 +101,7 @@ class BundleService:
     def look(self) -> None:
         """Take newer features and a newer champion, if there are any."""
         try:
-            self._features.refresh()
+            self._features.refresh(prepare=self._prepare_tables)
             self._feature_error = None
         except (DriftlineError, OSError) as error:
             if self._feature_error != str(error):
@@ -115,6 +116,10 @@ class BundleService:
         self._arms.write()
         for live in self._holder.routes.all():
             live.prepared.refresh()
+
+    def _prepare_tables(self, tables: Sequence[ViewTable]) -> None:
+        for live in self._holder.routes.all():
+            live.prepared.requests.prepare(tables)
 
     def _follow(self) -> None:
         while not self._stop.wait(self._settings.serving.poll_seconds):

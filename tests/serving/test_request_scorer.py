@@ -75,3 +75,18 @@ def test_another_snapshot_brings_its_own_categories(
         np.testing.assert_allclose(
             requests.score(read).probabilities, scorer.score(read.columns), atol=1e-6
         )
+
+
+def test_tables_that_were_prepared_cost_no_request_a_mapping(
+    features: OnlineFeatures, scorer: Scorer
+) -> None:
+    fresh = RequestScorer(scorer)
+    read = features.read(100_001, [100_002, 100_003], context={}, now=AS_OF)
+    tables = [part.found.table for part in read.parts]
+    fresh.prepare(tables)
+    mapped = {table: dict(fresh._places[table]) for table in tables if table in fresh._places}
+    assert mapped
+
+    fresh.score(read)
+
+    assert {table: dict(fresh._places[table]) for table in fresh._places} == mapped
