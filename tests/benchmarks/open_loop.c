@@ -6,7 +6,7 @@
  * (no "coordinated omission"). Every request ends with exactly one outcome.
  *
  * Statistics are the caller's: for each request a record of 32 bytes is written at the end, and on
- * demand the answers, each with the number of its request and of its body. See open_loop.py.
+ * demand the answers, each with the numbers of its request and body and its status. See open_loop.py.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -290,7 +290,7 @@ static void answered(struct connection *c, char *body, size_t size) {
         if (memmem(body, size, given.markers[i], strlen(given.markers[i])))
             records[index].marker = i;
     if (answers && index % given.every == 0) {
-        uint32_t facts[3] = {index, index % num_requests, size};
+        uint32_t facts[4] = {index, index % num_requests, c->status, size};
         fwrite(facts, sizeof facts, 1, answers);
         fwrite(body, 1, size, answers);
     }

@@ -83,6 +83,7 @@ class KeptAnswer:
     """Row of the records."""
     body: int
     """Which body it answers."""
+    status: int
     content: bytes
 
 
@@ -331,10 +332,10 @@ def read_bodies(path: Path) -> list[bytes]:
 
 def _read_answers(path: Path) -> Iterator[KeptAnswer]:
     raw, place = path.read_bytes(), 0
-    while place + 12 <= len(raw):
-        request, body, size = struct.unpack_from("<III", raw, place)
-        yield KeptAnswer(request, body, raw[place + 12 : place + 12 + size])
-        place += 12 + size
+    while place + 16 <= len(raw):
+        request, body, status, size = struct.unpack_from("<IIII", raw, place)
+        yield KeptAnswer(request, body, status, raw[place + 16 : place + 16 + size])
+        place += 16 + size
 
 
 # --- the generator against a server that does nothing --------------------------------------

@@ -441,7 +441,7 @@ def _redis_away(chaos: Chaos, redis: RedisServer) -> Phase:
 
 def _with_records(result: Result) -> Iterator[tuple[Any, bytes]]:
     for kept in result.answers:
-        if kept.request >= result.first:
+        if kept.request >= result.first and kept.status == 200:
             yield result.records[kept.request - result.first], kept.content
 
 

@@ -71,10 +71,12 @@ class Offline:
         return as_of
 
     def check(self, answers: Sequence[KeptAnswer], form: Form) -> Verdict:
-        """Compare every answer."""
+        """Compare every answer that is no refusal."""
         counts: Counter[str] = Counter()
         examples: list[str] = []
         for kept in answers:
+            if kept.status != 200:
+                continue
             try:
                 told = form.read(kept.content)
             except Exception as error:  # what a server sends may be anything
