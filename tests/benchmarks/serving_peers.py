@@ -223,7 +223,10 @@ def peer_app(market: BenchMarket, name: str) -> Iterator[Peer]:
         written, log = Path(temporary) / "settings.json", Path(temporary) / "log"
         write_json(written, market.settings.model_dump(mode="json"))
         before = os.environ.get("PYTHONPATH")
-        environment = {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), before)))}
+        environment = {
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), before))),
+            "OMP_NUM_THREADS": "1",  # as Ray sets it for our replica
+        }
         process = spawn_module(
             "tests.benchmarks.rig.peer_apps",
             [name, str(written), "--port", str(port)],

@@ -434,7 +434,7 @@ def test_a_good_canary_becomes_the_champion(
 ) -> None:
     serve(market)
     loose = {
-        "max_ctr_drop": 0.999,
+        "max_ctr_drop": 0.999999,
         "max_ne_excess": 100.0,
         "calibration_range": (0.001, 1_000.0),
         "max_p99_ratio": 1_000.0,

@@ -86,7 +86,7 @@ def test_mapped_tables_are_the_saved_ones(tmp_path: Path) -> None:
     projected = Projected.of(model, *vectors)
     projected.save(tmp_path)
     mapped = Projected.open(tmp_path)
-    assert isinstance(mapped.page, np.memmap)
+    assert isinstance(mapped.page.base, np.memmap)
     np.testing.assert_array_equal(mapped.page, projected.page)
     np.testing.assert_array_equal(mapped.ad, projected.ad)
 
