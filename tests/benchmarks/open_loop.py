@@ -96,6 +96,8 @@ class Result:
     """Every request after the warm-up, in the order of the schedule; dtype ``RECORD``."""
     first: int
     """Number of the first of them, counted from the start of the load."""
+    num_done: int
+    """Good answers that came between warm-up and end of the schedule, whenever asked for."""
     facts: Mapping[str, float]
     """What the generator says of itself."""
     answers: tuple[KeptAnswer, ...] = field(default=(), repr=False)
@@ -109,8 +111,7 @@ class Result:
     @cached_property
     def good(self) -> NDArray[np.bool_]:
         """Answered with 200, and with one of the markers if there are any."""
-        good: NDArray[np.bool_] = self.records["outcome"] == 200
-        return good & (self.records["marker"] >= 0) if self.load.markers else good
+        return _are_good(self.load, self.records)
 
     @cached_property
     def latencies_ms(self) -> NDArray[np.float64]:
@@ -131,9 +132,7 @@ class Result:
     @property
     def throughput(self) -> float:
         """Good answers a second within the schedule: what came later does not count."""
-        end = self.facts["scheduled_seconds"] * 1e9
-        inside = self.good & (self.records["done"] <= end)
-        return int(inside.sum()) / self._measured_seconds
+        return self.num_done / self._measured_seconds
 
     @property
     def outcomes(self) -> dict[str, int]:
@@ -211,7 +210,10 @@ class RunningLoad:
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
         first = int(np.searchsorted(records["scheduled"], self.load.warmup_seconds * 1e9))
-        return Result(self.load, records[first:], first, facts, answers)
+        begin, end = self.load.warmup_seconds * 1e9, facts["scheduled_seconds"] * 1e9
+        done = records["done"]
+        inside = _are_good(self.load, records) & (done >= begin) & (done < end)
+        return Result(self.load, records[first:], first, int(inside.sum()), facts, answers)
 
     def kill(self) -> None:
         """End at once and forget the figures; harmless when it has ended."""
@@ -328,6 +330,11 @@ def read_bodies(path: Path) -> list[bytes]:
         bodies.append(raw[place + 4 : place + 4 + size])
         place += 4 + size
     return bodies
+
+
+def _are_good(load: Load, records: NDArray[Any]) -> NDArray[np.bool_]:
+    good: NDArray[np.bool_] = records["outcome"] == 200
+    return good & (records["marker"] >= 0) if load.markers else good
 
 
 def _read_answers(path: Path) -> Iterator[KeptAnswer]:

@@ -288,6 +288,10 @@ def test_the_warm_up_is_sent_and_not_counted() -> None:
     assert (result.records["scheduled"] >= 0.5e9).all()
     assert len(result.answers) == staller.number == 200
     assert result.offered == pytest.approx(200, rel=0.02)
+    done = result.records["done"]
+    late = (done >= result.facts["scheduled_seconds"] * 1e9).sum()
+    assert result.num_done >= len(done) - late  # and those that were asked during the warm-up
+    assert result.num_done <= 200
 
 
 def test_a_running_load_can_be_ended_early() -> None:
