@@ -34,10 +34,6 @@ app.add_typer(ingest_app, name="ingest")
 app.add_typer(features_app, name="features")
 app.add_typer(refresh_app, name="refresh")
 app.add_typer(catalogue_app, name="catalogue")
-app.command()(search)
-app.command()(skew)
-for command in (deploy, traffic, rollback):
-    app.command()(command)
 
 Config = Annotated[Path, typer.Argument(help="Settings file, e.g. configs/demo.yaml.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: a.b=value.")]
@@ -406,6 +402,10 @@ def down(config: Config, set_: Set = None, json_: Json = False) -> None:
 
     stopped = stop(_settings(config, set_))
     Output(json_).show(f"stopped {stopped} processes", {"stopped": stopped})
+
+
+for command in (search, deploy, traffic, rollback, skew):
+    app.command()(command)
 
 
 def main(arguments: list[str] | None = None) -> None:
