@@ -61,8 +61,8 @@ class ServingSettings(Settings):
     """``haproxy`` puts the bundled HAProxy (Linux) in front of the replicas and turns on Ray
     Serve's throughput flags; ``proxy`` is Ray Serve's own Python proxy, slower but everywhere."""
     max_request_bytes: PositiveInt = 250_000
-    """A larger body is refused unread (HTTP 413). Room for a thousand ads with long names; reading a
-    body holds up the other requests of a replica, tens of milliseconds for a hostile one."""
+    """A larger body is refused unread (HTTP 413). Room for a thousand ads with long names; reading
+    a body holds up the other requests of a replica, tens of milliseconds for a hostile one."""
     max_waiting: PositiveInt = 200
     """Requests that may wait for their turn in one replica; one more is answered 503 with
     ``Retry-After`` at once. At a millisecond each, 200 wait a fifth of a second."""
