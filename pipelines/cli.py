@@ -12,12 +12,22 @@ import typer
 from driftline.pipelines.catalogue_command import catalogue_app
 from driftline.pipelines.console import Output, progress_bar, quiet_libraries, set_up_logging
 from driftline.pipelines.delivery_commands import deploy, rollback, traffic
+from driftline.pipelines.options import (
+    AsOf,
+    Config,
+    Json,
+    Set,
+    aligned,
+    checked_settings,
+    event_time,
+    market_settings,
+    moment,
+)
 from driftline.pipelines.search_command import search
 from driftline.pipelines.skew_command import skew
 from driftline.platform.artefacts import read_json
 from driftline.platform.errors import DriftlineError, SettingsError
 from driftline.platform.settings import DriftlineSettings, load_settings
-from driftline.platform.windows import parse_time
 from driftline.platform.workspace import Workspace
 
 app = typer.Typer(
@@ -34,13 +44,6 @@ app.add_typer(ingest_app, name="ingest")
 app.add_typer(features_app, name="features")
 app.add_typer(refresh_app, name="refresh")
 app.add_typer(catalogue_app, name="catalogue")
-
-Config = Annotated[Path, typer.Argument(help="Settings file, e.g. configs/demo.yaml.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: a.b=value.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-AsOf = Annotated[
-    str | None, typer.Option("--as-of", help="Event time, ISO 8601; the end of the log if absent.")
-]
 
 
 @app.command()
@@ -159,10 +162,10 @@ def features_prepare(
     """Compute texts, counters and frames up to a moment."""
     from driftline.pipelines.prepare import prepare_features
 
-    settings = _settings(config, set_)
+    settings = market_settings(config, set_)
     with progress_bar("features") as progress:
-        moment = _time(as_of) if as_of else None
-        window = prepare_features(settings, as_of=moment, progress=progress)
+        asked = event_time(as_of) if as_of else None
+        window = prepare_features(settings, as_of=asked, progress=progress)
     text = f"frames {window} in {Workspace.of(settings).frames}"
     Output(json_).show(text, {"start": window.start, "end": window.end})
 
@@ -174,7 +177,7 @@ def features_apply(config: Config, set_: Set = None, json_: Json = False) -> Non
     from driftline.features.store import apply
     from driftline.features.views import feature_view_versions
 
-    settings = _settings(config, set_)
+    settings = market_settings(config, set_)
     log = ImpressionLog.open(Workspace.of(settings).clean, settings)
     apply(settings, key_type=log.key_type)
     versions = feature_view_versions(settings)
@@ -189,8 +192,8 @@ def features_materialize(
     """Put the newest values known at a moment into the online store."""
     from driftline.pipelines.prepare import materialize_features
 
-    settings = _settings(config, set_)
-    _show(json_, materialize_features(settings, as_of=_moment(settings, as_of)))
+    settings = market_settings(config, set_)
+    _show(json_, materialize_features(settings, as_of=moment(settings, as_of)))
 
 
 @features_app.command("get")
@@ -205,8 +208,8 @@ def features_get(
     """Read what the server would read for one request."""
     from driftline.pipelines.prepare import read_online
 
-    settings = _settings(config, set_)
-    found = read_online(settings, page=page, ads=ad, now=_moment(settings, as_of))
+    settings = market_settings(config, set_)
+    found = read_online(settings, page=page, ads=ad, now=moment(settings, as_of))
     width = max(len(name) for name in found)
     Output(json_).show("\n".join(f"{name:<{width}}  {v}" for name, v in found.items()), found)
 
@@ -216,7 +219,7 @@ def teacher(config: Config, set_: Set = None, json_: Json = False) -> None:
     """Train the teachers on the stale part of the log, once, and freeze them."""
     from driftline.pipelines.teachers import train_teachers
 
-    settings = _checked(config, set_)
+    settings = checked_settings(config, set_)
     with _ray(settings), progress_bar("teacher") as progress:
         first, *others = train_teachers(settings, progress=progress)
     lines = [f"teacher {frozen.hash[:12]}, frozen in {frozen.path}" for frozen in (first, *others)]
@@ -230,7 +233,7 @@ def labels(config: Config, set_: Set = None, json_: Json = False) -> None:
     """Write the teacher's soft labels for all training rows of the log; paid once."""
     from driftline.pipelines.labels import label_log
 
-    settings = _settings(config, set_)
+    settings = market_settings(config, set_)
     with progress_bar("labels") as progress:
         found = label_log(settings, progress=progress)
     text = f"{found['num_rows']:,} rows labelled, {found['num_passes']:,} through the teacher now"
@@ -242,7 +245,7 @@ def tasks(config: Config, set_: Set = None, json_: Json = False) -> None:
     """Distil the teachers of several outcomes (click, purchase) into one student."""
     from driftline.pipelines.tasks import train_tasks
 
-    settings = _checked(config, set_)
+    settings = checked_settings(config, set_)
     with _ray(settings), progress_bar("tasks") as progress:
         report = train_tasks(settings, progress=progress)
     lines = [
@@ -282,8 +285,8 @@ def gate(
     from driftline.pipelines.publish import judge_again
     from driftline.pipelines.verdict import verdict_json
 
-    settings = _settings(config, set_)
-    verdict = judge_again(settings, bundle, as_of=_moment(settings, as_of))
+    settings = market_settings(config, set_)
+    verdict = judge_again(settings, bundle, as_of=moment(settings, as_of))
     head = "would promote" if verdict.promote else "would refuse"
     Output(json_).show("\n".join([head, *verdict.reasons]), verdict_json(verdict))
 
@@ -293,7 +296,7 @@ def replay(config: Config, set_: Set = None, json_: Json = False) -> None:
     """Play the recent part of the log hour by hour under every policy; write the report."""
     from driftline.pipelines.run import replay_and_report
 
-    settings = _checked(config, set_)
+    settings = checked_settings(config, set_)
     with _ray(settings), progress_bar("replay") as progress:
         result = replay_and_report(settings, progress=progress)
     Output(json_).show(result.text, result.figures)
@@ -320,7 +323,7 @@ def study(
 
     if list_:
         found = list_studies()
-        Output(json_).show(_lines(list(found)), dict(found))
+        Output(json_).show(aligned(list(found)), dict(found))
         return
     if file is None:
         raise SettingsError("study needs a file or a name; `driftline study --list` gives them")
@@ -343,7 +346,7 @@ def serve(config: Config, set_: Set = None) -> None:
     """Serve the champion in the foreground, until Ctrl-C."""
     from driftline.serving.server import serve_forever
 
-    settings = _settings(config, set_)
+    settings = market_settings(config, set_)
     serve_forever(
         settings,
         on_ready=lambda url, _: Output(False).show(f"serving {settings.name} at {url}", {}),
@@ -364,11 +367,11 @@ def score(
     from driftline.serving.once import parse_context, score_once
 
     answer = score_once(
-        _settings(config, set_),
+        market_settings(config, set_),
         page=page,
         ads=ad,
         context=parse_context(context or []),
-        as_of=_time(as_of) if as_of else None,
+        as_of=event_time(as_of) if as_of else None,
     )
     pairs = zip(ad, answer["probabilities"], strict=True)
     text = "\n".join(f"{product:<20} {probability:.5f}" for product, probability in pairs)
@@ -380,7 +383,7 @@ def up(config: Config, set_: Set = None, json_: Json = False) -> None:
     """Start Ray, the server and the cadence service, and leave them running."""
     from driftline.pipelines.operation import up as start
 
-    report = start(_settings(config, set_))
+    report = start(market_settings(config, set_))
     text = f"{'already up' if report.already else 'up'} at {report.url}, logs in {report.logs}"
     Output(json_).show(text, {"url": report.url, "already": report.already, "logs": report.logs})
 
@@ -391,7 +394,7 @@ def status(config: Config, set_: Set = None, json_: Json = False) -> None:
     from driftline.pipelines.status import status as look
     from driftline.pipelines.status import status_text
 
-    found = look(_settings(config, set_), now=datetime.now(UTC))
+    found = look(market_settings(config, set_), now=datetime.now(UTC))
     Output(json_).show(status_text(found), found)
 
 
@@ -400,7 +403,7 @@ def down(config: Config, set_: Set = None, json_: Json = False) -> None:
     """Stop what `up` started, and nothing else."""
     from driftline.pipelines.operation import down as stop
 
-    stopped = stop(_settings(config, set_))
+    stopped = stop(market_settings(config, set_))
     Output(json_).show(f"stopped {stopped} processes", {"stopped": stopped})
 
 
@@ -427,51 +430,17 @@ def _refresh(
     overrides: list[str] | None,
     as_json: bool,
 ) -> None:
-    asked = _time(as_of) if as_of else None
-    settings = _checked(config, overrides)
-    moment = asked or _moment(settings, None)
+    asked = event_time(as_of) if as_of else None
+    settings = checked_settings(config, overrides)
     with _ray(settings), progress_bar("refresh") as progress:
-        record = refresh(settings, as_of=moment, progress=progress)
+        record = refresh(settings, as_of=asked or moment(settings, None), progress=progress)
     _show(as_json, record)
-
-
-def _settings(config: Path, overrides: list[str] | None) -> DriftlineSettings:
-    """Settings with every tier known; ``auto`` tiers come from ``driftline scales``."""
-    from driftline.features.scales import resolve_tiers
-
-    settings = load_settings(config, overrides=overrides or [])
-    return resolve_tiers(settings, Workspace.of(settings).scales)
-
-
-def _checked(config: Path, overrides: list[str] | None) -> DriftlineSettings:
-    """Settings of a market with a checked log; found out before anything is started."""
-    from driftline.features.log import ImpressionLog
-
-    settings = _settings(config, overrides)
-    ImpressionLog.open(Workspace.of(settings).clean, settings)
-    return settings
 
 
 def _ray(settings: DriftlineSettings) -> Any:
     from driftline.platform.ray_runtime import ray_session
 
     return ray_session(settings.ray)
-
-
-def _moment(settings: DriftlineSettings, as_of: str | None) -> datetime:
-    """The time asked for, else the end of the log: an archived log has no "now"."""
-    from driftline.features.log import ImpressionLog
-
-    if as_of is not None:
-        return _time(as_of)
-    return ImpressionLog.open(Workspace.of(settings).clean, settings).span.end
-
-
-def _time(text: str) -> datetime:
-    try:
-        return parse_time(text)
-    except ValueError as error:
-        raise SettingsError(f"--as-of: {error}") from error
 
 
 def _seeds(text: str | None) -> tuple[int, ...]:
@@ -488,12 +457,7 @@ def _log_folder(settings: DriftlineSettings, out: Path | None) -> Path:
 def _show(as_json: bool, report: Any) -> None:
     value = report.to_json() if hasattr(report, "to_json") else asdict(report)
     pairs = report.rows() if hasattr(report, "rows") else list(value.items())
-    Output(as_json).show(_lines(pairs), value)
-
-
-def _lines(pairs: list[tuple[str, Any]]) -> str:
-    width = max(len(name) for name, _ in pairs)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in pairs)
+    Output(as_json).show(aligned(pairs), value)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from driftline.pipelines.console import Output
+from driftline.pipelines.options import Config, Json, Set, market_settings
 from driftline.platform.errors import SettingsError
 
 if TYPE_CHECKING:
     from driftline.platform.settings import DriftlineSettings
     from driftline.serving.delivery import Delivery
-
-Config = Annotated[Path, typer.Argument(help="Settings file, e.g. configs/demo.yaml.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: a.b=value.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def deploy(
@@ -110,11 +107,7 @@ def _show_live(settings: "DriftlineSettings", *, as_json: bool) -> None:
 
 
 def _delivery(config: Path, overrides: list[str] | None) -> "tuple[DriftlineSettings, Delivery]":
-    from driftline.features.scales import resolve_tiers
-    from driftline.platform.settings import load_settings
-    from driftline.platform.workspace import Workspace
     from driftline.serving.delivery import Delivery
 
-    settings = load_settings(config, overrides=overrides or [])
-    settings = resolve_tiers(settings, Workspace.of(settings).scales)
+    settings = market_settings(config, overrides)
     return settings, Delivery(settings, by=getpass.getuser(), via="command")

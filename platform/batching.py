@@ -17,6 +17,7 @@ from driftline.platform.models.student import TokenGroup
 Rows = NDArray[np.int64]
 
 SORT_BATCHES: Final = 32  # length-sorted neighbourhood, in batches: little padding, well shuffled
+SORT_SHARE: Final = 4  # and at most this part of an epoch, so that a small set is shuffled as well
 GROUP_STEP: Final = 16  # texts whose lengths differ by less than this are encoded together
 MIN_GROUP: Final = 24  # fewer texts than this do not pay for a pass of their own
 MAX_GROUP_TOKENS: Final = 32_768  # bounds the memory of one pass
@@ -86,11 +87,15 @@ class BatchPlan:
         order = (blocks[:, None] + np.arange(self.block_rows)).reshape(-1)
         return order[(order >= 0) & (order < self.num_rows)]
 
+    @property
+    def _sorted_batches(self) -> int:
+        return max(1, min(SORT_BATCHES, self.batches_per_epoch // SORT_SHARE))
+
     def _shuffle(self, random: np.random.Generator) -> Iterator[Rows]:
         order = self._permute(random) + self.first_row
         starts = np.arange(0, self.num_rows, self.batch_size)
         if self.lengths is not None:
-            neighbourhood = self.batch_size * SORT_BATCHES
+            neighbourhood = self.batch_size * self._sorted_batches
             for start in range(0, self.num_rows, neighbourhood):
                 piece = order[start : start + neighbourhood]
                 piece[:] = piece[np.argsort(self.lengths[piece], kind="stable")]

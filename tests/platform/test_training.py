@@ -96,6 +96,16 @@ def test_rows_of_similar_length_share_a_batch() -> None:
     assert spread["bucketed"] < spread["random"] / 10
 
 
+def test_rows_of_a_small_set_meet_others_in_every_epoch() -> None:
+    lengths = np.random.default_rng(0).integers(1, 100, 640)
+    plan = BatchPlan(640, 32, 2, seed=0, lengths=lengths)
+    pairs = [
+        {(a, b) for step in steps for a in plan.rows(step) for b in plan.rows(step) if a < b}
+        for steps in (range(20), range(20, 40))
+    ]
+    assert len(pairs[0] & pairs[1]) < 0.3 * len(pairs[0])
+
+
 @given(world_size=st.integers(1, 5), num_rows=st.integers(1, 40))
 def test_workers_share_a_step_without_overlap(world_size: int, num_rows: int) -> None:
     rows = np.arange(num_rows)
