@@ -13,7 +13,7 @@ from driftline.platform.errors import SettingsError
 
 if TYPE_CHECKING:
     from driftline.platform.settings import DriftlineSettings
-    from driftline.serving.delivery import Delivery
+    from driftline.serving.rollout.delivery import Delivery
 
 
 def deploy(
@@ -107,7 +107,7 @@ def _show_live(settings: "DriftlineSettings", *, as_json: bool) -> None:
 
 
 def _delivery(config: Path, overrides: list[str] | None) -> "tuple[DriftlineSettings, Delivery]":
-    from driftline.serving.delivery import Delivery
+    from driftline.serving.rollout.delivery import Delivery
 
     settings = market_settings(config, overrides)
     return settings, Delivery(settings, by=getpass.getuser(), via="command")

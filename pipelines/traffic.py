@@ -17,7 +17,7 @@ from driftline.platform.settings import DriftlineSettings
 from driftline.platform.traffic import read_traffic
 from driftline.platform.workspace import Workspace
 from driftline.serving.client import ScoringClient
-from driftline.serving.delivery import Delivery, live_facts
+from driftline.serving.rollout.delivery import Delivery, live_facts
 from driftline.serving.server import serving_url
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from driftline.platform.data_settings import Settings
 
 
 class DecisionLogSettings(Settings):
-    """Answers as Parquet by hour, in the form of ``impressions``; see ``serving/decision_log.py``.
+    """Answers as Parquet by hour, in the form of ``impressions``; by ``serving/observing``.
 
     A sample by default, because the skew check (``driftline skew``) and every question of the kind
     "why was this shown" need one, it costs a request nothing, and its room is bounded. All of it
@@ -32,7 +32,7 @@ class DecisionLogSettings(Settings):
 
 
 class MetricsSettings(Settings):
-    """Counters and histograms for Prometheus; see ``serving/metrics.py``."""
+    """Counters and histograms for Prometheus; see ``serving/observing/metrics.py``."""
 
     push_seconds: NonNegativeFloat = 1.0
     """How often a replica hands its numbers to Ray's agent, which reports them every ten seconds;
@@ -40,7 +40,7 @@ class MetricsSettings(Settings):
 
 
 class SlowRequestSettings(Settings):
-    """Requests worth a look, with where their time went; see ``serving/slow_requests.py``."""
+    """Requests worth a look, with where their time went; see ``serving/observing``."""
 
     threshold_ms: PositiveFloat = 5.0
     """A request that takes longer in the replica is kept."""

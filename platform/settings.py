@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from driftline.platform.artefacts import hash_value
 from driftline.platform.data_settings import (
     CONTRACT_NAMES,
     CounterSettings,
@@ -203,6 +204,11 @@ class DriftlineSettings(Settings):
             if (kind == feature.kind or (kind is None and feature.kind != "label"))
             and entity in (None, feature.entity)
         )
+
+    @property
+    def identity(self) -> str:
+        """Hash of all values, by which a server tells the settings it was started with."""
+        return hash_value(self.model_dump(mode="json"))[:12]
 
 
 # --- reading ------------------------------------------------------------------------------

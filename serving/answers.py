@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from driftline.serving.requests import RefusedRequestError, ScoreRequest
-from driftline.serving.routes import Arm, LiveBundle
+from driftline.serving.rollout.routes import Arm, LiveBundle
+from driftline.serving.transport.requests import RefusedRequestError, ScoreRequest
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from ray.serve import Application
 
 from driftline.platform.errors import ResourceError
 from driftline.platform.settings import DriftlineSettings, Settings, load_settings, parse_settings
-from driftline.serving.admin import with_administration
-from driftline.serving.asgi import HttpFace
-from driftline.serving.grpc_face import Encoded, GrpcFace
-from driftline.serving.guard import middlewares
-from driftline.serving.observation import Observation
+from driftline.serving.observing.observation import Observation
+from driftline.serving.rollout.admin import with_administration
 from driftline.serving.service import BundleService
+from driftline.serving.transport.asgi import HttpFace
+from driftline.serving.transport.grpc_face import Encoded, GrpcFace
+from driftline.serving.transport.guard import middlewares
 
 logger = logging.getLogger(__name__)
 

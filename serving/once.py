@@ -9,8 +9,8 @@ import orjson
 from driftline.platform.errors import MissingArtefactError, RequestError
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.windows import format_time
-from driftline.serving.requests import Key
 from driftline.serving.service import BundleService
+from driftline.serving.transport.requests import Key
 
 
 def score_once(

@@ -19,7 +19,7 @@ from driftline.platform.settings import DriftlineSettings
 from driftline.platform.vector_deltas import DeltaReader, grown_scorer
 from driftline.serving.arms import ArmsEncoder
 from driftline.serving.request_scorer import RequestScorer
-from driftline.serving.requests import ContextFeature, KeyType, RequestParser
+from driftline.serving.transport.requests import ContextFeature, KeyType, RequestParser
 
 logger = logging.getLogger(__name__)
 

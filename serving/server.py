@@ -30,8 +30,8 @@ from driftline.platform.processes import (
 )
 from driftline.platform.settings import DriftlineSettings, parse_settings
 from driftline.platform.workspace import Workspace
-from driftline.serving.client import ScoringClient, settings_identity
-from driftline.serving.ingress import ingress_environment
+from driftline.serving.client import ScoringClient
+from driftline.serving.transport.ingress import ingress_environment
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ def _answers(settings: DriftlineSettings) -> bool:
         return False
     with ScoringClient(serving_url(settings), timeout_seconds=5) as client:
         try:
-            return client.status().get("settings") == settings_identity(settings)
+            return client.status().get("settings") == settings.identity
         except (OSError, ValueError):
             return False
 
@@ -232,7 +232,7 @@ def _run_application(settings: DriftlineSettings) -> None:
 def _grpc_options(settings: DriftlineSettings) -> dict[str, Any] | None:
     if settings.serving.grpc_port is None:
         return None
-    from driftline.serving.grpc_face import SERVICER
+    from driftline.serving.transport.grpc_face import SERVICER
 
     return {"port": settings.serving.grpc_port, "grpc_servicer_functions": [SERVICER]}
 

@@ -24,14 +24,13 @@ from driftline.platform.traffic import BundleRef
 from driftline.platform.windows import format_time
 from driftline.platform.workspace import Workspace
 from driftline.serving.answers import Answer, Observer
-from driftline.serving.arm_counts import ArmCounter
-from driftline.serving.client import settings_identity
-from driftline.serving.holder import UNUSABLE, RouteHolder
 from driftline.serving.prepared import PreparedBundle
-from driftline.serving.requests import Key, RefusedRequestError, ScoreRequest, refuse
-from driftline.serving.routes import LiveBundle, Routes
-from driftline.serving.shadow import ShadowScorer
-from driftline.serving.wire import JsonForm, WireForm
+from driftline.serving.rollout.arm_counts import ArmCounter
+from driftline.serving.rollout.holder import UNUSABLE, RouteHolder
+from driftline.serving.rollout.routes import LiveBundle, Routes
+from driftline.serving.rollout.shadow import ShadowScorer
+from driftline.serving.transport.requests import Key, RefusedRequestError, ScoreRequest, refuse
+from driftline.serving.transport.wire import JsonForm, WireForm
 
 logger = logging.getLogger(__name__)
 
@@ -310,7 +309,7 @@ class BundleService:
         clock = self._settings.serving.clock
         return {
             "name": self._settings.name,
-            "settings": settings_identity(self._settings),
+            "settings": self._settings.identity,
             "ready": live is not None,
             "bundle": None if live is None else live.fingerprint,
             "version": None if live is None else live.version,

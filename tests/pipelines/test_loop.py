@@ -30,7 +30,7 @@ from driftline.platform.scorer import Scorer
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.windows import HOUR, Window
 from driftline.platform.workspace import Workspace
-from driftline.serving.delivery import Delivery
+from driftline.serving.rollout.delivery import Delivery
 
 Copy = Callable[[str], DriftlineSettings]
 

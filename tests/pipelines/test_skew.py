@@ -24,9 +24,9 @@ from driftline.platform.errors import MissingArtefactError
 from driftline.platform.observation_settings import DecisionLogSettings
 from driftline.platform.windows import HOUR
 from driftline.platform.workspace import Workspace
-from driftline.serving.decision_log import DecisionLog
+from driftline.serving.observing.decision_log import DecisionLog
 from driftline.serving.service import BundleService
-from driftline.serving.wire import JsonForm
+from driftline.serving.transport.wire import JsonForm
 
 
 @pytest.fixture(scope="module")

@@ -36,9 +36,9 @@ from driftline.platform.settings import DriftlineSettings
 from driftline.platform.traffic import BundleRef, Canary, read_traffic
 from driftline.platform.windows import HOUR
 from driftline.platform.workspace import Workspace
-from driftline.serving.audit import audit_path
-from driftline.serving.decision_log import DecisionLog
-from driftline.serving.delivery import Delivery
+from driftline.serving.observing.decision_log import DecisionLog
+from driftline.serving.rollout.audit import audit_path
+from driftline.serving.rollout.delivery import Delivery
 from driftline.serving.service import BundleService
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)

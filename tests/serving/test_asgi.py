@@ -11,8 +11,8 @@ from tests.tiny_market import TinyMarket
 from driftline.platform.bundle import Bundle
 from driftline.platform.settings import ServingSettings
 from driftline.platform.workspace import Workspace
-from driftline.serving.asgi import HttpFace
 from driftline.serving.service import BundleService
+from driftline.serving.transport.asgi import HttpFace
 
 SMALL = ServingSettings(max_request_bytes=1_000)
 GOOD = b'{"page_product_id": 100001, "ad_product_ids": [100002, 100003]}'

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from driftline.platform.errors import RequestError
 from driftline.platform.processes import free_port
 from driftline.serving.client import ScoringClient
-from driftline.serving.retries import Retries, UnavailableError, read_retry_after
+from driftline.serving.client.retries import Retries, UnavailableError, read_retry_after
 
 ANSWER = {"bundle": "b", "probabilities": [0.5], "features": {}, "fallbacks": {}, "as_of": "now"}
 Outcome = tuple[int, dict[str, str], Any]

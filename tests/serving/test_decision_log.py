@@ -29,10 +29,10 @@ from driftline.platform.observation_settings import DecisionLogSettings
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.windows import HOUR, Window
 from driftline.platform.workspace import Workspace
-from driftline.serving.decision_log import DecisionLog, is_sampled
-from driftline.serving.decision_writer import DecisionWriter, write_parquet
+from driftline.serving.observing.decision_log import DecisionLog, is_sampled
+from driftline.serving.observing.decision_writer import DecisionWriter, write_parquet
 from driftline.serving.service import BundleService
-from driftline.serving.wire import JsonForm
+from driftline.serving.transport.wire import JsonForm
 
 UNKNOWN = 999_999_999
 

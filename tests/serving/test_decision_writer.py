@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from driftline.platform.observation_settings import DecisionLogSettings
-from driftline.serving.bounded_folder import bound_folder
-from driftline.serving.decision_writer import DecisionWriter, write_parquet
-from driftline.serving.repeating import Repeating
+from driftline.serving.observing.bounded_folder import bound_folder
+from driftline.serving.observing.decision_writer import DecisionWriter, write_parquet
+from driftline.serving.observing.repeating import Repeating
 
 HOUR = datetime(2026, 1, 2, 12, tzinfo=UTC)
 
@@ -143,7 +143,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from driftline.platform.observation_settings import DecisionLogSettings
-from driftline.serving.decision_writer import DecisionWriter
+from driftline.serving.observing.decision_writer import DecisionWriter
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
@@ -182,7 +182,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from driftline.platform.observation_settings import DecisionLogSettings
-from driftline.serving.decision_writer import DecisionWriter
+from driftline.serving.observing.decision_writer import DecisionWriter
 
 made = DecisionWriter(Path(sys.argv[1]), replica="r", settings=DecisionLogSettings())
 batch = pa.record_batch({"number": np.random.default_rng(0).uniform(size=20_000)})

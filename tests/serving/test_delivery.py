@@ -20,11 +20,11 @@ from driftline.platform.registry import Registry, read_champion
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.traffic import read_traffic
 from driftline.platform.workspace import Workspace
-from driftline.serving import delivery_child
-from driftline.serving.admin import AdminFace, with_administration
-from driftline.serving.admin_token import make_token
-from driftline.serving.audit import audit_path
-from driftline.serving.delivery import Delivery
+from driftline.serving.rollout import delivery_child
+from driftline.serving.rollout.admin import AdminFace, with_administration
+from driftline.serving.rollout.admin_token import make_token
+from driftline.serving.rollout.audit import audit_path
+from driftline.serving.rollout.delivery import Delivery
 from driftline.serving.service import BundleService
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
@@ -390,7 +390,7 @@ def test_a_change_over_http_is_followed_and_written_down(
 def test_a_change_whose_process_dies_is_written_down_as_failed(
     market: TinyMarket, http: Http, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("driftline.serving.admin.sys.executable", "/nowhere/python")
+    monkeypatch.setattr("driftline.serving.rollout.admin.sys.executable", "/nowhere/python")
     status, _, body = http("POST", "/v1/admin/rollback", b"{}")
     assert status == 503
     assert "the change failed" in body["error"]["message"]

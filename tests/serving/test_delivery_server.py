@@ -14,8 +14,8 @@ from driftline.platform.processes import free_port
 from driftline.platform.registry import Registry
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.workspace import Workspace
-from driftline.serving.delivery import Delivery
-from driftline.serving.routes import key_place
+from driftline.serving.rollout.delivery import Delivery
+from driftline.serving.rollout.routes import key_place
 from driftline.serving.server import ServingHandle, start_serving
 
 pytestmark = pytest.mark.ray

@@ -28,8 +28,8 @@ from tests.tiny_market import TinyMarket
 
 from driftline.platform.bundle import Bundle
 from driftline.platform.settings import ServingSettings
-from driftline.serving.asgi import HttpFace
 from driftline.serving.service import BundleService
+from driftline.serving.transport.asgi import HttpFace
 
 REQUESTS = all_requests()
 SETTINGS = ServingSettings(max_request_bytes=MAX_BYTES, clock="snapshot")

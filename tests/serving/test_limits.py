@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from driftline.serving.limits import HeldBytes, WaitingLine, poll
-from driftline.serving.requests import RefusedRequestError
+from driftline.serving.transport.limits import HeldBytes, WaitingLine, poll
+from driftline.serving.transport.requests import RefusedRequestError
 
 
 def test_turns_come_in_the_order_of_arrival_one_a_round_of_the_loop() -> None:

@@ -18,14 +18,14 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from tests.tiny_market import TinyMarket, tiny_settings
 
 from driftline.platform.bundle import Bundle
-from driftline.serving import metrics_series
-from driftline.serving.asgi import HttpFace
-from driftline.serving.metrics import ServingMetrics, exposition
-from driftline.serving.metrics_ray import RayMetrics
-from driftline.serving.metrics_series import BOUNDS, all_series
-from driftline.serving.observation import Observation
-from driftline.serving.requests import refuse
+from driftline.serving.observing import metrics_series
+from driftline.serving.observing.metrics import ServingMetrics, exposition
+from driftline.serving.observing.metrics_ray import RayMetrics
+from driftline.serving.observing.metrics_series import BOUNDS, all_series
+from driftline.serving.observing.observation import Observation
 from driftline.serving.service import BundleService
+from driftline.serving.transport.asgi import HttpFace
+from driftline.serving.transport.requests import refuse
 
 UNKNOWN = 999_999_999
 

@@ -11,8 +11,8 @@ from tests.tiny_market import TinyMarket
 
 from driftline.pipelines.student import bundle_contract
 from driftline.platform.settings import ServingSettings
-from driftline.serving.openapi import openapi_json, openapi_page
-from driftline.serving.requests import (
+from driftline.serving.transport.openapi import openapi_json, openapi_page
+from driftline.serving.transport.requests import (
     ContextFeature,
     RefusedRequestError,
     RequestParser,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from driftline.serving.requests import (
+from driftline.serving.transport.requests import (
     ContextFeature,
     KeyType,
     RefusedRequestError,

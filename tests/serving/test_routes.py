@@ -23,7 +23,7 @@ from driftline.platform.bundle import Bundle
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.traffic import BundleRef, Canary, Traffic, read_traffic, write_traffic
 from driftline.platform.workspace import Workspace
-from driftline.serving.routes import key_place
+from driftline.serving.rollout.routes import key_place
 from driftline.serving.service import BundleService
 
 NOW = datetime(2026, 1, 2, 12, tzinfo=UTC)
@@ -86,7 +86,7 @@ def test_a_larger_share_keeps_every_key_of_a_smaller_one(key: str, low: float, h
 def test_another_process_puts_every_key_at_the_same_place() -> None:
     keys = ["", "a", "session-17", "ключ", "🙂", "x" * 256]
     code = (
-        "import json, sys; from driftline.serving.routes import key_place; "
+        "import json, sys; from driftline.serving.rollout.routes import key_place; "
         "print(json.dumps([key_place('salt', key) for key in json.load(sys.stdin)]))"
     )
     environment = {"PYTHONHASHSEED": "7", "PYTHONPATH": ":".join(sys.path), "PATH": "/usr/bin"}

@@ -20,8 +20,8 @@ from driftline.platform.errors import MissingArtefactError, RequestError
 from driftline.platform.scorer import Scorer
 from driftline.platform.settings import DriftlineSettings, parse_settings
 from driftline.serving.once import parse_context, score_once
-from driftline.serving.requests import RefusedRequestError
 from driftline.serving.service import BundleService
+from driftline.serving.transport.requests import RefusedRequestError
 
 Change = Callable[..., DriftlineSettings]
 

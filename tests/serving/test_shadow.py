@@ -18,10 +18,10 @@ from driftline.platform.delivery_settings import DeliverySettings
 from driftline.platform.traffic import BundleRef, Traffic, write_traffic
 from driftline.platform.workspace import Workspace
 from driftline.serving.answers import Answer
-from driftline.serving.routes import LiveBundle
+from driftline.serving.rollout.routes import LiveBundle
+from driftline.serving.rollout.shadow import ShadowScorer, rank_correlation
 from driftline.serving.service import BundleService
-from driftline.serving.shadow import ShadowScorer, rank_correlation
-from driftline.serving.wire import JsonForm
+from driftline.serving.transport.wire import JsonForm
 
 IDLE = DeliverySettings()
 
@@ -200,7 +200,7 @@ def test_the_thread_keeps_to_its_share_of_a_core(monkeypatch: pytest.MonkeyPatch
         return False
 
     scorer: Any = Busy(DeliverySettings(max_shadow_load=0.25))
-    monkeypatch.setattr("driftline.serving.shadow.time.perf_counter", lambda: now)
+    monkeypatch.setattr("driftline.serving.rollout.shadow.time.perf_counter", lambda: now)
     monkeypatch.setattr(scorer._stop, "wait", rest)
     scorer._run()
     gaps = [after - before for before, after in pairwise(times)]

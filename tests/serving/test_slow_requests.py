@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from driftline.platform.observation_settings import SlowRequestSettings
-from driftline.serving.slow_requests import LoopLag, SlowRequests
+from driftline.serving.observing.slow_requests import LoopLag, SlowRequests
 
 
 def an_answer(milliseconds: float, name: str = "view") -> Any:

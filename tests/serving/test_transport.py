@@ -22,9 +22,9 @@ from driftline.platform.errors import RequestError
 from driftline.platform.processes import family_members, free_port
 from driftline.serving import scoring_pb2
 from driftline.serving.client import ScoringClient
-from driftline.serving.grpc_client import GrpcScoringClient
-from driftline.serving.grpc_face import SERVICE
+from driftline.serving.client.grpc import GrpcScoringClient
 from driftline.serving.server import ServingHandle, start_serving
+from driftline.serving.transport.grpc_face import SERVICE
 
 pytestmark = pytest.mark.ray
 

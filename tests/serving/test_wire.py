@@ -16,17 +16,17 @@ from tests.tiny_market import TinyMarket
 
 from driftline.platform.bundle import Bundle
 from driftline.serving import scoring_pb2
-from driftline.serving.requests import (
+from driftline.serving.scoring_pb2 import ContextValue
+from driftline.serving.service import BundleService
+from driftline.serving.transport.requests import (
     ContextFeature,
     KeyType,
     RefusedRequestError,
     RequestParser,
     ScoreRequest,
 )
-from driftline.serving.scoring_pb2 import ContextValue
-from driftline.serving.service import BundleService
-from driftline.serving.wire import JsonForm
-from driftline.serving.wire_protobuf import ProtobufForm
+from driftline.serving.transport.wire import JsonForm
+from driftline.serving.transport.wire_protobuf import ProtobufForm
 
 ROOT = Path(__file__).parents[2]
 CONTEXT = (ContextFeature("application", "categorical"), ContextFeature("depth", "numeric"))

@@ -44,7 +44,7 @@ from driftline.platform.settings import DriftlineSettings, parse_settings
 from driftline.platform.text import Tokenizer, serialise_row
 from driftline.platform.workspace import Workspace
 from driftline.serving.service import BundleService
-from driftline.serving.wire import JsonForm
+from driftline.serving.transport.wire import JsonForm
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

@@ -8,13 +8,13 @@ import orjson
 
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.workspace import Workspace
-from driftline.serving import metrics_series as series
 from driftline.serving.answers import Observer
-from driftline.serving.asgi import Page
-from driftline.serving.decision_log import DecisionLog
-from driftline.serving.metrics import CONTENT_TYPE, Sample, ServingMetrics, exposition
-from driftline.serving.metrics_ray import RayMetrics
-from driftline.serving.slow_requests import SlowRequests
+from driftline.serving.observing import metrics_series as series
+from driftline.serving.observing.decision_log import DecisionLog
+from driftline.serving.observing.metrics import CONTENT_TYPE, Sample, ServingMetrics, exposition
+from driftline.serving.observing.metrics_ray import RayMetrics
+from driftline.serving.observing.slow_requests import SlowRequests
+from driftline.serving.transport.asgi import Page
 
 METRICS, SLOW = "/metrics", "/v1/slow"
 TARGETS: Final = "prometheus-targets.json"

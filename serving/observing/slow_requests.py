@@ -16,10 +16,10 @@ import orjson
 
 from driftline.platform.observation_settings import SlowRequestSettings
 from driftline.platform.windows import format_time
-from driftline.serving.bounded_folder import bound_folder
-from driftline.serving.decision_log import latency_seconds
-from driftline.serving.repeating import Repeating
-from driftline.serving.requests import RefusedRequestError
+from driftline.serving.observing.bounded_folder import bound_folder
+from driftline.serving.observing.decision_log import latency_seconds
+from driftline.serving.observing.repeating import Repeating
+from driftline.serving.transport.requests import RefusedRequestError
 
 if TYPE_CHECKING:
     from driftline.serving.answers import Answer

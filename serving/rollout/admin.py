@@ -23,10 +23,10 @@ from pydantic import model_validator as check
 from driftline.platform.data_settings import Settings
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.workspace import Workspace
-from driftline.serving.admin_token import check_token, make_token, token_path
-from driftline.serving.audit import AuditLog, audit_path, new_change, read_change
-from driftline.serving.delivery import live_facts, utc_now
-from driftline.serving.requests import RefusedRequestError, refuse, show
+from driftline.serving.rollout.admin_token import check_token, make_token, token_path
+from driftline.serving.rollout.audit import AuditLog, audit_path, new_change, read_change
+from driftline.serving.rollout.delivery import live_facts, utc_now
+from driftline.serving.transport.requests import RefusedRequestError, refuse, show
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ STATES: Final[Mapping[str, str]] = {"received": "running", "asked": "running"}
 MAX_BODY: Final = 10_000
 CHANGE_SECONDS: Final = 180.0
 REALM: Final = 'Bearer realm="driftline"'
-CHILD: Final = "driftline.serving.delivery_child"
+CHILD: Final = "driftline.serving.rollout.delivery_child"
 
 STATUS_OF: Final = {"MissingArtefactError": 404, "DeliveryError": 409, "BundleError": 409}
 """HTTP status by the class of error that a change ends with; 503 for any other."""

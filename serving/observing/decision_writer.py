@@ -23,7 +23,7 @@ from driftline.features.decisions import hour_folder
 from driftline.platform.artefacts import whole_file
 from driftline.platform.observation_settings import DecisionLogSettings
 from driftline.platform.windows import HOUR, floor_time
-from driftline.serving.bounded_folder import bound_folder
+from driftline.serving.observing.bounded_folder import bound_folder
 
 logger = logging.getLogger(__name__)
 

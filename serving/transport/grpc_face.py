@@ -12,13 +12,13 @@ import grpc
 import orjson
 
 from driftline.platform.settings import ServingSettings
-from driftline.serving.asgi import ScoringService
-from driftline.serving.limits import WaitingLine, body_too_large
-from driftline.serving.requests import RefusedRequestError
-from driftline.serving.wire_protobuf import ProtobufForm
+from driftline.serving.transport.asgi import ScoringService
+from driftline.serving.transport.limits import WaitingLine, body_too_large
+from driftline.serving.transport.requests import RefusedRequestError
+from driftline.serving.transport.wire_protobuf import ProtobufForm
 
 SERVICE: Final = "driftline.v1.Scoring"
-SERVICER: Final = "driftline.serving.grpc_face.add_scoring_to_server"
+SERVICER: Final = "driftline.serving.transport.grpc_face.add_scoring_to_server"
 """For Ray Serve's ``grpc_servicer_functions``."""
 
 

@@ -13,7 +13,6 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from numpy.typing import NDArray
 
 from driftline.serving.answers import Answer
-from driftline.serving.requests import RequestParser, ScoreRequest, refuse, show
 from driftline.serving.scoring_pb2 import (
     AdFallback,
     ContextValue,
@@ -22,6 +21,7 @@ from driftline.serving.scoring_pb2 import (
     TierAge,
 )
 from driftline.serving.scoring_pb2 import ScoreRequest as PublishedRequest
+from driftline.serving.transport.requests import RequestParser, ScoreRequest, refuse, show
 
 PROTOBUF: Final = "application/x-protobuf"
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)

@@ -13,7 +13,7 @@ from typing import Any
 from driftline.platform.errors import DriftlineError
 from driftline.platform.settings import parse_settings
 from driftline.platform.workspace import Workspace
-from driftline.serving.delivery import Delivery, live_facts
+from driftline.serving.rollout.delivery import Delivery, live_facts
 
 
 def carry_out(delivery: Delivery, action: str, arguments: Mapping[str, Any]) -> None:
@@ -36,7 +36,7 @@ def carry_out(delivery: Delivery, action: str, arguments: Mapping[str, Any]) -> 
 
 
 def main() -> None:
-    """Entry: ``python -m driftline.serving.delivery_child``; JSON on stdin, and on stdout."""
+    """Entry of ``python -m``; JSON on stdin, and on stdout."""
     os.nice(5)  # requests come first
     raw = json.load(sys.stdin)
     settings = parse_settings(raw["settings"], origin="of the server")

@@ -19,7 +19,7 @@ from driftline.platform.registry import POINTER, ChampionPointer, read_champion
 from driftline.platform.traffic import TRAFFIC, BundleRef, Canary, Traffic, read_traffic
 from driftline.platform.windows import format_time
 from driftline.serving.prepared import PreparedBundle
-from driftline.serving.routes import LiveBundle, Routes
+from driftline.serving.rollout.routes import LiveBundle, Routes
 
 logger = logging.getLogger(__name__)
 

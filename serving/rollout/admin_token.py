@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.workspace import Workspace
-from driftline.serving.requests import refuse
+from driftline.serving.transport.requests import refuse
 
 logger = logging.getLogger(__name__)
 

@@ -9,21 +9,14 @@ from datetime import datetime
 from typing import Any, Final, Self
 from urllib.parse import urlsplit
 
-from driftline.platform.artefacts import hash_value
 from driftline.platform.errors import RequestError, ResourceError
-from driftline.platform.settings import DriftlineSettings
-from driftline.serving.client_forms import CONTENT_TYPES, Form, Question, decode_answer
-from driftline.serving.paths import HEALTH, SCORE, STATUS
-from driftline.serving.retries import Retries, UnavailableError, read_retry_after
+from driftline.serving.client.forms import CONTENT_TYPES, Form, Question, decode_answer
+from driftline.serving.client.retries import Retries, UnavailableError, read_retry_after
+from driftline.serving.transport.paths import HEALTH, SCORE, STATUS
 
 AGAIN: Final = frozenset((408, 425, 429, 500, 502, 503, 504))
 """Statuses after which the same request may be answered."""
 BROKEN: Final = (OSError, http.client.HTTPException)
-
-
-def settings_identity(settings: DriftlineSettings) -> str:
-    """Hash by which a server's status tells the settings it was started with."""
-    return hash_value(settings.model_dump(mode="json"))[:12]
 
 
 class ScoringClient:

@@ -13,18 +13,18 @@ import orjson
 
 from driftline.platform.settings import ServingSettings
 from driftline.serving.answers import Answer
-from driftline.serving.limits import (
+from driftline.serving.transport.limits import (
     RETRY_SECONDS,
     HeldBytes,
     WaitingLine,
     body_too_large,
     poll,
 )
-from driftline.serving.openapi import openapi_json, openapi_page
-from driftline.serving.paths import DOCS, HEALTH, OPENAPI, SCORE, STATUS
-from driftline.serving.requests import RefusedRequestError, refuse, show
-from driftline.serving.wire import JSON, JsonForm, WireForm
-from driftline.serving.wire_protobuf import ProtobufForm
+from driftline.serving.transport.openapi import openapi_json, openapi_page
+from driftline.serving.transport.paths import DOCS, HEALTH, OPENAPI, SCORE, STATUS
+from driftline.serving.transport.requests import RefusedRequestError, refuse, show
+from driftline.serving.transport.wire import JSON, JsonForm, WireForm
+from driftline.serving.transport.wire_protobuf import ProtobufForm
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]

@@ -8,8 +8,8 @@ from typing import Any, Final, Self
 import grpc
 
 from driftline.platform.errors import RequestError
-from driftline.serving.client_forms import Question, decode_answer
-from driftline.serving.retries import Retries, UnavailableError
+from driftline.serving.client.forms import Question, decode_answer
+from driftline.serving.client.retries import Retries, UnavailableError
 
 METHOD: Final = "/driftline.v1.Scoring/Score"
 AGAIN: Final = frozenset(

@@ -28,7 +28,7 @@ from pydantic import (
 )
 
 from driftline.platform.errors import RequestError
-from driftline.serving.plain_requests import PlainRequests
+from driftline.serving.transport.plain_requests import PlainRequests
 
 Key = int | str
 KeyType = Literal["int64", "string"]

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 from driftline.platform.traffic import Canary
 from driftline.platform.windows import format_time
 from driftline.serving.prepared import PreparedBundle
-from driftline.serving.requests import RequestParser, ScoreRequest
+from driftline.serving.transport.requests import RequestParser, ScoreRequest
 
 Arm = Literal["champion", "canary"]
 

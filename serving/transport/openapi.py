@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import Any, Final
 
 from driftline.platform.settings import ServingSettings
-from driftline.serving.requests import ContextFeature, KeyType, RequestParser
+from driftline.serving.transport.requests import ContextFeature, KeyType, RequestParser
 
 ERRORS: Final[Mapping[int, tuple[str, str]]] = {
     400: ("The body is not JSON or not the protobuf message.", "invalid_json, invalid_protobuf"),

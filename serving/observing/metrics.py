@@ -24,9 +24,9 @@ from prometheus_client.core import (
 from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from driftline.platform.settings import DriftlineSettings
-from driftline.serving import metrics_series as series
-from driftline.serving.metrics_series import BOUNDS, REPLICA, Series
-from driftline.serving.requests import RefusedRequestError
+from driftline.serving.observing import metrics_series as series
+from driftline.serving.observing.metrics_series import BOUNDS, REPLICA, Series
+from driftline.serving.transport.requests import RefusedRequestError
 
 if TYPE_CHECKING:
     from driftline.serving.answers import Answer

@@ -17,7 +17,7 @@ from driftline.platform.settings import DriftlineSettings
 from driftline.platform.traffic import MAX_SHADOWS, BundleRef, Canary, Traffic, read_traffic
 from driftline.platform.windows import format_time
 from driftline.platform.workspace import Workspace
-from driftline.serving.audit import AuditLog, audit_path
+from driftline.serving.rollout.audit import AuditLog, audit_path
 from driftline.serving.service import BundleService
 
 SHORTEST_PREFIX: Final = 4

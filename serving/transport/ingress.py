@@ -13,8 +13,8 @@ from driftline.platform.errors import ResourceError
 from driftline.platform.loopback import is_loopback
 from driftline.platform.processes import free_port
 from driftline.platform.settings import ServingSettings
-from driftline.serving.guard import GRPC_HOST, MIDDLEWARES
-from driftline.serving.haproxy import haproxy_launcher
+from driftline.serving.transport.guard import GRPC_HOST, MIDDLEWARES
+from driftline.serving.transport.haproxy import haproxy_launcher
 
 GRPC_ROOM: Final = 4_000_000
 """Least that a gRPC message may have: Ray Serve's replicas talk in them, too."""

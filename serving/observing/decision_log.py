@@ -24,9 +24,9 @@ from driftline.features.decisions import AGE, SERVED, STALE, decision_schema
 from driftline.features.views import NO_TEXT
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.workspace import Workspace
-from driftline.serving.decision_writer import DecisionWriter
-from driftline.serving.repeating import Repeating
-from driftline.serving.requests import RefusedRequestError
+from driftline.serving.observing.decision_writer import DecisionWriter
+from driftline.serving.observing.repeating import Repeating
+from driftline.serving.transport.requests import RefusedRequestError
 
 logger = logging.getLogger(__name__)
 

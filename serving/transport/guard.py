@@ -13,7 +13,7 @@ from starlette.middleware import Middleware
 
 from driftline.platform.loopback import bind_serve_grpc
 
-MIDDLEWARES: Final = "driftline.serving.guard.middlewares"
+MIDDLEWARES: Final = "driftline.serving.transport.guard.middlewares"
 """For ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH``: Ray Serve calls it where it is to listen."""
 GRPC_HOST: Final = "DRIFTLINE_GRPC_HOST"
 """Where gRPC servers listen; Ray Serve has no setting for it."""

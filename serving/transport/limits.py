@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import CoroutineType
 from typing import Any, Final
 
-from driftline.serving.requests import RefusedRequestError, refuse
+from driftline.serving.transport.requests import RefusedRequestError, refuse
 
 RETRY_SECONDS: Final = 1
 """What a client that is turned away is told to wait."""

@@ -9,8 +9,8 @@ from driftline.platform.arm_health import ArmCounts, ArmKey, health_folder, writ
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.workspace import Workspace
 from driftline.serving.answers import Answer
-from driftline.serving.requests import RefusedRequestError
-from driftline.serving.routes import LiveBundle
+from driftline.serving.rollout.routes import LiveBundle
+from driftline.serving.transport.requests import RefusedRequestError
 
 logger = logging.getLogger(__name__)
 

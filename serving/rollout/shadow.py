@@ -19,9 +19,9 @@ from driftline.platform.bootstrap import json_number
 from driftline.platform.delivery_settings import DeliverySettings
 from driftline.platform.metrics import logit
 from driftline.serving.answers import Answer
-from driftline.serving.holder import UNUSABLE
-from driftline.serving.requests import RefusedRequestError
-from driftline.serving.routes import LiveBundle
+from driftline.serving.rollout.holder import UNUSABLE
+from driftline.serving.rollout.routes import LiveBundle
+from driftline.serving.transport.requests import RefusedRequestError
 
 logger = logging.getLogger(__name__)
 

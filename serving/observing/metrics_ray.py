@@ -12,9 +12,9 @@ from typing import Any, Final
 import orjson
 
 from driftline.platform.artefacts import whole_file
-from driftline.serving.metrics import Distribution, ServingMetrics
-from driftline.serving.metrics_series import REPLICA, Series
-from driftline.serving.repeating import Repeating
+from driftline.serving.observing.metrics import Distribution, ServingMetrics
+from driftline.serving.observing.metrics_series import REPLICA, Series
+from driftline.serving.observing.repeating import Repeating
 
 BREATH_SECONDS: Final = 0.000_2
 TARGETS_SECONDS: Final = 60.0

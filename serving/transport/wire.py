@@ -7,7 +7,7 @@ import orjson
 
 from driftline.platform.windows import format_time
 from driftline.serving.answers import Answer
-from driftline.serving.requests import RequestParser, ScoreRequest
+from driftline.serving.transport.requests import RequestParser, ScoreRequest
 
 JSON: Final = "application/json"
 

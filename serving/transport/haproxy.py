@@ -17,8 +17,8 @@ from typing import Final
 
 from driftline.platform.loopback import LOOPBACK
 from driftline.platform.settings import ServingSettings
-from driftline.serving.limits import RETRY_SECONDS
-from driftline.serving.requests import refuse
+from driftline.serving.transport.limits import RETRY_SECONDS
+from driftline.serving.transport.requests import refuse
 
 PLAIN: Final = {
     400: ("Bad Request", "malformed_http", "the request is not HTTP, or its headers are too many"),

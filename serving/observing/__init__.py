@@ -1,0 +1,1 @@
+"""What a replica writes down of its answers: decisions, metrics, slow requests."""

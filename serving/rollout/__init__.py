@@ -1,0 +1,1 @@
+"""Which bundles answer whom, and how that is changed: champion, canary, shadow."""
