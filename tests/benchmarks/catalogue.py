@@ -24,7 +24,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import shutil
 import socket
 import statistics
@@ -40,8 +39,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
+
+sys.path.append(str(Path(__file__).parents[2]))  # the script's own folder is there already
+
+from tests.benchmarks.rig.report import about, print_figures
 
 from driftline.features.feast_plugins.merging import online_rows
 from driftline.features.feast_plugins.snapshot_writer import SnapshotWriter
@@ -474,24 +476,6 @@ def redis_reads(folder: Path, address: str, *, repeats: int) -> dict[str, float]
     }
 
 
-def machine() -> dict[str, Any]:
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line for line in lines if "model name" in line).split(": ")[1]
-    return {
-        "cores": len(os.sched_getaffinity(0)),
-        "model": model,
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "load": round(os.getloadavg()[0], 2),
-    }
-
-
-def commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
 def play(role: list[str]) -> None:
     """What a child process does."""
     name, *rest = role
@@ -521,7 +505,7 @@ def main() -> None:
     warnings.simplefilter("ignore")  # of Feast and ibis, on what they use of DuckDB and pandas
     num = 1_000_000 if arguments.quick else arguments.products
     size = f"{num // 1_000_000}m" if num >= 1_000_000 else str(num)
-    about, figures = {"commit": commit(), "machine": machine()}, dict[str, float]()
+    origin, figures = about(), dict[str, float]()
     replicas = arguments.replicas
     with tempfile.TemporaryDirectory(prefix="driftline-benchmark-") as temporary:
         folder = Path(temporary)
@@ -565,9 +549,8 @@ def main() -> None:
                 found = redis_reads(folder, address, repeats=100 if arguments.quick else 500)
                 show("Redis", found)
                 figures |= found
-    figures = {name: float(f"{value:.4g}") for name, value in figures.items()}
     print()
-    print(json.dumps({"benchmark": "catalogue", **about, "figures": figures}))
+    print_figures("catalogue", figures, origin=origin)
 
 
 if __name__ == "__main__":

@@ -31,13 +31,11 @@ import itertools
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import venv
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -523,44 +521,15 @@ def difference(name: str, key: str, runs: dict[str, list[dict[str, Any]]]) -> di
     return {f"{name}_gap": mean, f"{name}_gap_error": error}
 
 
-def build_peer(folder: Path) -> Path:
-    """An environment with TextBrewer that borrows this one's packages."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        print(f"building {folder}")
-        venv.create(folder, with_pip=True)
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    borrowed = folder / "lib" / version / "site-packages" / "borrowed.pth"
-    here = next(path for path in sys.path if path.endswith("site-packages"))
-    borrowed.write_text(f"{here}\n")
-    subprocess.run([str(python), "-m", "pip", "install", "--quiet", *TEXTBREWER], check=True)
-    return python
-
-
-def machine() -> dict[str, Any]:
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line for line in lines if "model name" in line).split(": ")[1]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "cores": len(os.sched_getaffinity(0)),
-        "model": model,
-        "memory_gib": round(memory / 2**30, 1),
-        "load": round(os.getloadavg()[0], 2),
-    }
-
-
-def commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         raw = json.loads(sys.argv[3])
         print(json.dumps(CHILDREN[sys.argv[2]](Sizes(**raw["sizes"]), **raw["values"])))
         return
+    sys.path.append(str(ROOT))  # not for the children: their Python may have nothing of ours
+    from tests.benchmarks.rig.environments import borrowing_environment
+    from tests.benchmarks.rig.report import about, print_figures
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small models, about a minute")
     parser.add_argument("--repeats", type=int, help="runs of each side, and seeds (default 5)")
@@ -572,15 +541,14 @@ def main() -> None:
     parser.add_argument("--peer-folder", type=Path, default=ROOT / ".venv" / "textbrewer",
                         help="where --build-peer makes it, and where it is looked for")  # fmt: skip
     arguments = parser.parse_args()
-    sizes = QUICK if arguments.quick else Sizes()
+    origin, sizes = about(), QUICK if arguments.quick else Sizes()
     if arguments.repeats is not None:
         sizes = Sizes(**(asdict(sizes) | {"repeats": arguments.repeats}))
     python = arguments.peer_python
     if python is None and arguments.build_peer:
-        python = build_peer(arguments.peer_folder)
+        python = borrowing_environment(arguments.peer_folder, TEXTBREWER)
     if python is None and (arguments.peer_folder / "bin" / "python").exists():
         python = arguments.peer_folder / "bin" / "python"
-    about = {"commit": commit(), "machine": machine()}
     bench = Bench(sizes, peers=arguments.peers.resolve(), peer_python=python)
     figures: dict[str, float] = {}
     if arguments.part in ("equal", "both"):
@@ -592,7 +560,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="driftline-benchmark-") as folder:
             figures |= bench.ragged(Path(folder))
     name = "distillation_quick" if arguments.quick else "distillation"
-    print(json.dumps({"benchmark": name, **about, "figures": figures}))
+    print_figures(name, figures, origin=origin)
 
 
 if __name__ == "__main__":

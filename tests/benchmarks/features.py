@@ -16,11 +16,8 @@ Peers take turns in one process; figures are medians, with the fastest and the s
 import argparse
 import contextlib
 import io
-import json
-import os
-import platform
 import statistics
-import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -35,7 +32,6 @@ import duckdb
 import numpy as np
 import pandas as pd
 import polars as pl
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 from feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, PushSource
@@ -43,6 +39,10 @@ from feast.data_source import PushMode
 from feast.repo_config import RepoConfig
 from feast.types import Float32
 from feast.value_type import ValueType
+
+sys.path.append(str(Path(__file__).parents[2]))  # the script's own folder is there already
+
+from tests.benchmarks.rig.report import about, print_figures
 
 from driftline.features.feast_plugins.online import read_arrays
 from driftline.features.feast_plugins.scan import to_us
@@ -329,24 +329,6 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def machine() -> dict[str, Any]:
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line for line in lines if "model name" in line).split(": ")[1]
-    return {
-        "cores": len(os.sched_getaffinity(0)),
-        "model": model,
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "load": round(os.getloadavg()[0], 2),
-    }
-
-
-def commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tenth of the rows")
@@ -354,7 +336,7 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # of Feast and ibis, on what they use of DuckDB and pandas
     sizes = Sizes(100_000, 5_000, 50) if arguments.quick else Sizes(1_000_000, 50_000, 200)
-    repeats, about = arguments.repeats, {"commit": commit(), "machine": machine()}
+    repeats, origin = arguments.repeats, about()
     with tempfile.TemporaryDirectory(prefix="driftline-benchmark-") as temporary:
         folder = Path(temporary)
         impressions = write_inputs(folder, sizes)
@@ -388,9 +370,8 @@ def main() -> None:
         "push_one_row_ms_feast_sqlite": pushed.median("Feast SQLite, push one row") * 1e3,
         "read_after_push_ms": pushed.median("driftline, first read after a push") * 1e3,
     }
-    figures = {name: float(f"{value:.4g}") for name, value in figures.items()}
     print()
-    print(json.dumps({"benchmark": "features", **about, "figures": figures}))
+    print_figures("features", figures, origin=origin)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,8 @@ medians of three runs; rows are impressions.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,7 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
+sys.path.append(str(Path(__file__).parents[2]))  # the script's own folder is there already
+
+from tests.benchmarks.rig.report import about, print_figures
 
 from driftline.features.log import ImpressionLog
 from driftline.features.mind import ingest_mind
@@ -68,15 +67,6 @@ def measure_mind(source: Path, root: Path, *, repeats: int) -> dict[str, float]:
     return {"ingest_mind_rows_per_s": num_rows / taken}
 
 
-def machine() -> dict[str, Any]:
-    return {
-        "cores": os.cpu_count(),
-        "model": platform.processor() or platform.machine(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "load": os.getloadavg()[0],
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one run of each")
@@ -88,18 +78,14 @@ def main() -> None:
         CONFIGS / "demo.yaml",
         overrides=["source.num_days=4", "source.impressions_per_day=500000"],
     )
-    figures: dict[str, float] = {}
+    origin, figures = about(), dict[str, float]()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         figures |= measure_market("demo", demo, root, repeats=repeats)
         figures |= measure_market("large", large, root, repeats=repeats)
         if options.mind is not None:
             figures |= measure_mind(options.mind, root, repeats=repeats)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    result = {"benchmark": "inputs", "commit": commit, "machine": machine(), "figures": figures}
-    print(json.dumps(result))
+    print_figures("inputs", figures, origin=origin)
 
 
 if __name__ == "__main__":

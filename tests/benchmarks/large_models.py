@@ -22,9 +22,8 @@ kernels are included, so take more ``--steps`` for a steady figure.
 import argparse
 import json
 import os
-import platform
 import resource
-import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -36,6 +35,10 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+
+sys.path.append(str(Path(__file__).parents[2]))  # the script's own folder is there already
+
+from tests.benchmarks.rig.report import about
 
 from driftline.platform.devices import choose_device
 from driftline.platform.examples import (
@@ -241,7 +244,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--only", choices=["teacher-mlm", "teacher-clicks", "student-distil"])
     arguments = parser.parse_args()
-    settings = load_settings(CONFIG)
+    origin, settings = about(), load_settings(CONFIG)
     device = choose_device()
     if device.type == "cpu" and not arguments.quick:
         parser.error("the published sizes need an accelerator; here, take --quick")
@@ -263,16 +266,12 @@ def main() -> None:
             for name, job in jobs.items():
                 if arguments.only in (None, name):
                     found.append(measure(job, num_workers=num_workers, ray=ray))
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
     report = {
         "benchmark": "large_models",
+        **origin,
         "quick": arguments.quick,
-        "commit": commit.stdout.strip(),
         "date": datetime.now(UTC).date().isoformat(),
-        "device": name or platform.machine(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "stages": found,
     }

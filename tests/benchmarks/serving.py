@@ -41,8 +41,7 @@ sys.path.append(str(Path(__file__).parents[2]))  # the script's own folder is th
 from tests.benchmarks.open_loop import start
 from tests.benchmarks.rig.market import bench_market
 from tests.benchmarks.rig.report import (
-    commit,
-    machine,
+    about,
     print_figures,
     print_table,
     say,
@@ -231,7 +230,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=1)
     given = parser.parse_args()
     wanted, sizes, effort = chosen(given, PARTS)
-    about = {"commit": commit(), "machine": machine()}
+    origin = about()
     figures: dict[str, float] = {}
     say("building the market")
     with bench_market(given.market, sizes) as market:
@@ -246,7 +245,7 @@ def main() -> None:
                     figures |= runs[name](bench)
             figures |= memory(bench)
     name = "serving_quick" if given.quick else "serving"
-    print_figures(name, figures, about=about, head=list(sizes.hidden_sizes))
+    print_figures(name, figures, origin=origin, head=list(sizes.hidden_sizes))
 
 
 if __name__ == "__main__":

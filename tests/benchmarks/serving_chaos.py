@@ -50,7 +50,7 @@ from tests.benchmarks.open_loop import FAILURES, Result, start
 from tests.benchmarks.rig.forms import Form
 from tests.benchmarks.rig.market import AS_OF, BenchMarket, bench_market
 from tests.benchmarks.rig.offline import Offline, Verdict
-from tests.benchmarks.rig.report import commit, machine, print_figures, print_table, say
+from tests.benchmarks.rig.report import about, print_figures, print_table, say
 from tests.benchmarks.rig.served import (
     Effort,
     Served,
@@ -476,7 +476,7 @@ def main() -> None:
     given = parser.parse_args()
     wanted, sizes, effort = chosen(given, PARTS)
     pace = HURRIED if given.quick else Pace()
-    about = {"commit": commit(), "machine": machine()}
+    origin = about()
     phases: list[Phase] = []
     rate = given.rate
     log = {"sample_rate": 1.0, "flush_seconds": 1.0}
@@ -521,7 +521,7 @@ def main() -> None:
     figures |= {"bad_answers": bad, "undeclared_errors": undeclared}
     print(f"\n{bad} wrong or mixed answers, {undeclared} errors that must not be")
     name = "serving_chaos_quick" if given.quick else "serving_chaos"
-    print_figures(name, figures, about=about, failures=sorted(FAILURES.values()))
+    print_figures(name, figures, origin=origin, failures=sorted(FAILURES.values()))
     sys.exit(1 if bad or undeclared else 0)
 
 

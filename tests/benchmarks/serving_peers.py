@@ -30,7 +30,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import venv
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from http.client import HTTPConnection
@@ -43,6 +42,7 @@ import psutil
 sys.path.append(str(Path(__file__).parents[2]))  # the script's own folder is there already
 
 from tests.benchmarks.open_loop import Load, drive
+from tests.benchmarks.rig.environments import borrowing_environment
 from tests.benchmarks.rig.heads import OURS as OURS_IN_PROCESS
 from tests.benchmarks.rig.heads import (
     Split,
@@ -54,8 +54,7 @@ from tests.benchmarks.rig.heads import (
 )
 from tests.benchmarks.rig.market import BenchMarket, MarketSizes, bench_market
 from tests.benchmarks.rig.report import (
-    commit,
-    machine,
+    about,
     print_figures,
     print_table,
     say,
@@ -385,22 +384,6 @@ def _report(
     return figures
 
 
-def build_peers(folder: Path) -> Path:
-    """An environment with ONNX Runtime that borrows this one's packages."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        say(f"building {folder}")
-        venv.create(folder, with_pip=True)
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    borrowed = folder / "lib" / version / "site-packages" / "borrowed.pth"
-    here = next(path for path in sys.path if path.endswith("site-packages"))
-    borrowed.write_text(f"{here}\n")
-    constraints = str(ROOT / "constraints.txt")
-    install = [str(python), "-m", "pip", "install", "--quiet", "--constraint", constraints, *PEERS]
-    subprocess.run(install, check=True)
-    return python
-
-
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         print(json.dumps(CHILDREN[sys.argv[2]](*json.loads(sys.argv[3]))))
@@ -414,8 +397,10 @@ def main() -> None:
     )
     given = parser.parse_args()
     wanted, sizes, effort = chosen(given, PARTS)
-    python = build_peers(given.build_peers.resolve()) if given.build_peers else None
-    about = {"commit": commit(), "machine": machine()}
+    python = None
+    if given.build_peers:
+        python = borrowing_environment(given.build_peers.resolve(), PEERS, constrained=True)
+    origin = about()
     repeats = 50 if given.quick else 500
     figures: dict[str, float] = {}
     say("building the market")
@@ -429,7 +414,7 @@ def main() -> None:
         if "servers" in wanted:
             figures |= servers(market, effort)
     name = "serving_peers_quick" if given.quick else "serving_peers"
-    print_figures(name, figures, about=about, head=list(sizes.hidden_sizes))
+    print_figures(name, figures, origin=origin, head=list(sizes.hidden_sizes))
 
 
 if __name__ == "__main__":

@@ -1,49 +1,30 @@
 """What every benchmark prints: a table for people, and one JSON line at the end."""
 
-import contextlib
 import json
 import math
-import os
-import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-
-def machine() -> dict[str, Any]:
-    """Cores, model, memory and load of this machine."""
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line for line in lines if "model name" in line).split(": ")[1]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "cores": len(os.sched_getaffinity(0)),
-        "model": model,
-        "memory_gib": round(memory / 2**30, 1),
-        "load": round(os.getloadavg()[0], 2),
-    }
+from driftline.pipelines.provenance import code_version, machine
 
 
-def commit() -> str:
-    """Short name of the commit that is checked out."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+def about() -> dict[str, Any]:
+    """Which code runs, and on what; asked before the measuring, as it tells the machine's load."""
+    return {"commit": code_version(), "machine": machine()}
 
 
 def print_figures(
-    benchmark: str, figures: Mapping[str, float], *, about: Mapping[str, Any], **more: Any
+    benchmark: str, figures: Mapping[str, float], *, origin: Mapping[str, Any], **more: Any
 ) -> None:
-    """The last line; figures that are no numbers are left out."""
+    """The last line; ``origin`` is of ``about()``. Figures that are no numbers are left out."""
     rounded = {
         name: float(f"{value:.4g}")
         for name, value in figures.items()
         if value is not None and math.isfinite(value)
     }
-    print(json.dumps({"benchmark": benchmark, **about, **more, "figures": rounded}))
+    print(json.dumps({"benchmark": benchmark, **origin, **more, "figures": rounded}))
 
 
 def say(text: str) -> None:
