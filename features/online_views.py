@@ -1,4 +1,4 @@
-"""Newest values of one view by key, as arrays: from the embedded snapshot, or through Feast.
+"""Newest values of one view by key, as arrays, from the embedded snapshot.
 
 Shape suffixes: K requested keys, N keys of a snapshot, F numeric features.
 """
@@ -7,19 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from driftline.features.feast_plugins.arranged import code_strings, no_codes
+from driftline.features.feast_plugins.arranged import no_codes
 from driftline.features.feast_plugins.keys import Keys
 from driftline.features.feast_plugins.snapshot import Snapshot, current_version
 from driftline.features.views import NO_TEXT, TEXT_ID, View
-
-if TYPE_CHECKING:
-    from feast import FeatureStore
 
 Key = int | str
 
@@ -141,63 +137,6 @@ class SnapshotVersion:
     def view_version(self, name: str) -> str | None:
         """Version of a view's snapshot."""
         return self.lookups[name].version()
-
-
-class FeastLookup:
-    """A view read through Feast's own ``get_online_features``: any online store, slowly."""
-
-    def __init__(self, wanted: Wanted, store: "FeatureStore") -> None:
-        """Keep the store; nothing is read yet."""
-        self._wanted = wanted
-        self._store = store
-
-    def version(self) -> str | None:
-        """Unknown: Feast's stores do not tell when they were written."""
-        return None
-
-    def find(self, keys: Keys) -> Found:
-        """A table of the requested keys alone; milliseconds a call."""
-        wanted = self._wanted
-        keys = keys.tolist() if isinstance(keys, np.ndarray) else list(keys)
-        names = [*wanted.numbers, *wanted.categories, *_text(wanted)]
-        present = np.array([key is not None for key in keys], bool)
-        found: dict[str, list[Any]] = {name: [None] * len(keys) for name in names}
-        event_us = np.zeros(len(keys), np.int64)
-        known = np.zeros(len(keys), bool)
-        rows = np.flatnonzero(present).tolist()
-        if rows and names:
-            response = self._store.get_online_features(
-                features=[f"{wanted.view.name}:{name}" for name in names],
-                entity_rows=[{wanted.view.join_key: keys[row]} for row in rows],
-            ).proto
-            # Stores disagree on what they report as present; a row of theirs has an event time.
-            for name, result in zip(
-                response.metadata.feature_names.val, response.results, strict=True
-            ):
-                if name not in found:
-                    continue
-                for row, value, moment in zip(
-                    rows, result.values, result.event_timestamps, strict=True
-                ):
-                    micros = moment.ToMicroseconds()
-                    if micros > 0:
-                        known[row], event_us[row] = True, micros
-                        kind = value.WhichOneof("val")
-                        found[name][row] = None if kind is None else getattr(value, kind)
-        numbers = np.full((len(keys) + 1, len(wanted.numbers)), np.nan, np.float32)
-        for place, name in enumerate(wanted.numbers):
-            numbers[:-1, place] = [np.nan if value is None else value for value in found[name]]
-        ids = [NO_TEXT if value is None else value for value in found.get(TEXT_ID, [])]
-        table = ViewTable(
-            event_us=np.append(event_us, 0),
-            numbers=numbers,
-            categories={
-                name: code_strings(pa.chunked_array([pa.array(found[name], pa.string())]))
-                for name in wanted.categories
-            },
-            text_id=np.array([*ids, NO_TEXT], np.int64) if wanted.text_id else None,
-        )
-        return Found(table, np.where(known, np.arange(len(keys)), -1))
 
 
 def _length(keys: Keys) -> int:

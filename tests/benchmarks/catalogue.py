@@ -394,9 +394,10 @@ def redis_server(folder: Path) -> Iterator[str | None]:
 
 def redis_reads(folder: Path, address: str, *, repeats: int) -> dict[str, float]:
     """The same 101 products through Redis, by our bytes and by Feast, in turns."""
+    from tests.feast_lookup import feast_lookup
+
     from driftline.features.online import OnlineFeatures
     from driftline.features.online_redis import RedisVersion
-    from driftline.features.online_views import FeastLookup
     from driftline.features.quality import check_log
     from driftline.features.simulate import simulate
     from driftline.features.store import materialize, open_store
@@ -457,7 +458,7 @@ def redis_reads(folder: Path, address: str, *, repeats: int) -> dict[str, float]
         online.read(keys[0], keys[1:], context={}, now=as_of)
         whole = time.perf_counter()
         for one in views:
-            FeastLookup(one, store).find(keys)
+            feast_lookup(one, keys, store=store)
         times["one round trip"].append((ours - started) * 1e3)
         times["whole read"].append((whole - ours) * 1e3)
         times["Feast"].append((time.perf_counter() - whole) * 1e3)

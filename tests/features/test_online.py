@@ -12,12 +12,13 @@ import pytest
 from hypothesis import Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from tests.feast_lookup import feast_lookup
 
 from driftline.features.counters import compute_counters
 from driftline.features.frame_files import read_frames
 from driftline.features.frames import build_frames
 from driftline.features.online import OnlineFeatures
-from driftline.features.online_views import FeastLookup, SnapshotLookup, SnapshotVersion
+from driftline.features.online_views import SnapshotLookup, SnapshotVersion
 from driftline.features.store import apply, materialize, open_store
 from driftline.features.texts import write_product_sources
 from driftline.features.views import feature_views
@@ -210,7 +211,7 @@ def test_feast_gives_what_the_snapshot_gives(market: DriftlineSettings) -> None:
         assert isinstance(lookup, SnapshotLookup)
         assert lookup.snapshot is not None
         keys = [*lookup.snapshot.keys().to_pylist(), None, "nobody", None]
-        fast, slow = lookup.find(keys), FeastLookup(wanted, store).find(keys)
+        fast, slow = lookup.find(keys), feast_lookup(wanted, keys, store=store)
         here, there = fast.slots, slow.slots
         known = here >= 0
         assert known.tolist() == (there >= 0).tolist()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from tests.feast_lookup import feast_lookup
 
 from driftline.features.counters import compute_counters
 from driftline.features.feast_plugins.redis_connection import FAILURES_TO_OPEN
@@ -21,7 +22,6 @@ from driftline.features.frame_files import read_frames
 from driftline.features.frames import build_frames
 from driftline.features.online import OnlineFeatures
 from driftline.features.online_redis import RedisVersion
-from driftline.features.online_views import FeastLookup
 from driftline.features.store import apply, materialize, open_store
 from driftline.features.texts import write_product_sources
 from driftline.platform.columns import TEXT_ID_COLUMNS, head_columns
@@ -125,7 +125,7 @@ def test_a_read_by_bytes_equals_feasts_own(market: DriftlineSettings) -> None:
     for wanted in features._wanted:
         is_product = wanted.view.entity == "product"
         keys = products if is_product else groups
-        slow = FeastLookup(wanted, store).find(keys)
+        slow = feast_lookup(wanted, keys, store=store)
         found = version.products(keys) if is_product else {}
         fast = found[wanted.view.name] if found else version.group(wanted.view, keys)
         assert fast is not None
