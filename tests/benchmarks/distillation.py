@@ -187,6 +187,7 @@ def ragged_model(sizes: Sizes, layers: int, *, seed: int) -> Any:
 def ragged_teacher(sizes: Sizes, *, weights: str) -> dict[str, Any]:
     """Train the teacher on rows of its own, and keep it."""
     import torch
+    from safetensors.torch import save_file
     from torch.nn.functional import cross_entropy
 
     torch.set_num_threads(1)
@@ -207,7 +208,7 @@ def ragged_teacher(sizes: Sizes, *, weights: str) -> dict[str, Any]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    torch.save(model.state_dict(), weights)
+    save_file(model.state_dict(), weights)
     return quality(model.eval(), model, sizes)
 
 
@@ -235,10 +236,10 @@ def quality(student: Any, teacher: Any, sizes: Sizes) -> dict[str, Any]:
 
 
 def load_teacher(sizes: Sizes, weights: str) -> Any:
-    import torch
+    from safetensors.torch import load_file
 
     model = ragged_model(sizes, sizes.teacher_layers, seed=0)
-    model.load_state_dict(torch.load(weights, weights_only=True))
+    model.load_state_dict(load_file(weights))
     return model.eval()
 
 
@@ -439,7 +440,7 @@ class Bench:
         return figures
 
     def ragged(self, folder: Path) -> dict[str, float]:
-        weights = str(folder / "teacher.pt")
+        weights = str(folder / "teacher.safetensors")
         taught = self.child("ragged_teacher", weights=weights)
         print(f"ragged inputs, {SHORTEST} to {LONGEST} tokens; the teacher's accuracy is "
               f"{taught['accuracy']:.3f}")  # fmt: skip
