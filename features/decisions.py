@@ -41,10 +41,11 @@ def decision_schema(settings: DriftlineSettings, *, key: pa.DataType) -> pa.Sche
     """Columns of the decision log.
 
     ``impression_id`` is ``REQUEST_ID:PLACE``, the place (from 0, also ``position``) in the order of
-    the request, and unique unless a client sends one ``request_id`` twice. ``event_time`` is the
-    moment that the features stand for, ``answered_at`` the wall time. ``experiment`` names the A/B
-    test that ran, ``request_key`` who was drawn into its ``arm``. Numbers are null, not NaN,
-    where missing; a text id is null for a product without text.
+    the request, and unique unless a client sends one ``request_id`` twice. ``request_id`` is what
+    the answer said, the client's own or made up. ``event_time`` is the moment that the features
+    stand for, ``answered_at`` the wall time. ``experiment`` names the A/B test that ran,
+    ``request_key`` who was drawn into its ``arm``. Numbers are null, not NaN, where missing; a text
+    id is null for a product without text.
     """
     shown = {label.name for label in settings.select(kind="label")} | set(OUTCOME)
     types = {"categorical": pa.string(), "numeric": pa.float32()}

@@ -17,6 +17,8 @@ class Answer:
     """One request, scored by one bundle over one feature snapshot."""
 
     request: ScoreRequest
+    request_id: str
+    """The request's own, or one made up: what the client and the decision log call it."""
     live: LiveBundle
     """The bundle that scored it."""
     now: datetime

@@ -42,20 +42,22 @@ class ContextValue(_message.Message):
     def __init__(self, number: _Optional[float] = ..., text: _Optional[str] = ...) -> None: ...
 
 class ScoreAnswer(_message.Message):
-    __slots__ = ("bundle", "probabilities", "tiers", "page_fallback", "ad_fallbacks", "as_of_us")
+    __slots__ = ("bundle", "probabilities", "tiers", "page_fallback", "ad_fallbacks", "as_of_us", "request_id")
     BUNDLE_FIELD_NUMBER: _ClassVar[int]
     PROBABILITIES_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
     PAGE_FALLBACK_FIELD_NUMBER: _ClassVar[int]
     AD_FALLBACKS_FIELD_NUMBER: _ClassVar[int]
     AS_OF_US_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     bundle: str
     probabilities: _containers.RepeatedScalarFieldContainer[float]
     tiers: _containers.RepeatedCompositeFieldContainer[TierAge]
     page_fallback: str
     ad_fallbacks: _containers.RepeatedCompositeFieldContainer[AdFallback]
     as_of_us: int
-    def __init__(self, bundle: _Optional[str] = ..., probabilities: _Optional[_Iterable[float]] = ..., tiers: _Optional[_Iterable[_Union[TierAge, _Mapping]]] = ..., page_fallback: _Optional[str] = ..., ad_fallbacks: _Optional[_Iterable[_Union[AdFallback, _Mapping]]] = ..., as_of_us: _Optional[int] = ...) -> None: ...
+    request_id: str
+    def __init__(self, bundle: _Optional[str] = ..., probabilities: _Optional[_Iterable[float]] = ..., tiers: _Optional[_Iterable[_Union[TierAge, _Mapping]]] = ..., page_fallback: _Optional[str] = ..., ad_fallbacks: _Optional[_Iterable[_Union[AdFallback, _Mapping]]] = ..., as_of_us: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class TierAge(_message.Message):
     __slots__ = ("tier", "age_seconds", "stale")
@@ -103,17 +105,19 @@ class PackedScoreRequest(_message.Message):
     def __init__(self, page_product_id: _Optional[int] = ..., page_product_key: _Optional[str] = ..., ad_product_ids: _Optional[_Iterable[bytes]] = ..., ad_product_keys: _Optional[_Iterable[str]] = ..., context: _Optional[_Mapping[str, ContextValue]] = ..., time_us: _Optional[int] = ..., request_id: _Optional[str] = ..., request_key: _Optional[str] = ...) -> None: ...
 
 class PackedScoreAnswer(_message.Message):
-    __slots__ = ("bundle", "probabilities", "tiers", "page_fallback", "ad_fallbacks", "as_of_us")
+    __slots__ = ("bundle", "probabilities", "tiers", "page_fallback", "ad_fallbacks", "as_of_us", "request_id")
     BUNDLE_FIELD_NUMBER: _ClassVar[int]
     PROBABILITIES_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
     PAGE_FALLBACK_FIELD_NUMBER: _ClassVar[int]
     AD_FALLBACKS_FIELD_NUMBER: _ClassVar[int]
     AS_OF_US_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     bundle: str
     probabilities: bytes
     tiers: _containers.RepeatedCompositeFieldContainer[TierAge]
     page_fallback: str
     ad_fallbacks: _containers.RepeatedCompositeFieldContainer[AdFallback]
     as_of_us: int
-    def __init__(self, bundle: _Optional[str] = ..., probabilities: _Optional[bytes] = ..., tiers: _Optional[_Iterable[_Union[TierAge, _Mapping]]] = ..., page_fallback: _Optional[str] = ..., ad_fallbacks: _Optional[_Iterable[_Union[AdFallback, _Mapping]]] = ..., as_of_us: _Optional[int] = ...) -> None: ...
+    request_id: str
+    def __init__(self, bundle: _Optional[str] = ..., probabilities: _Optional[bytes] = ..., tiers: _Optional[_Iterable[_Union[TierAge, _Mapping]]] = ..., page_fallback: _Optional[str] = ..., ad_fallbacks: _Optional[_Iterable[_Union[AdFallback, _Mapping]]] = ..., as_of_us: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...

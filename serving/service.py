@@ -29,7 +29,13 @@ from driftline.serving.rollout.arm_counts import ArmCounter
 from driftline.serving.rollout.holder import UNUSABLE, RouteHolder
 from driftline.serving.rollout.routes import LiveBundle, Routes
 from driftline.serving.rollout.shadow import ShadowScorer
-from driftline.serving.transport.requests import Key, RefusedRequestError, ScoreRequest, refuse
+from driftline.serving.transport.requests import (
+    Key,
+    RefusedRequestError,
+    ScoreRequest,
+    made_up_ids,
+    refuse,
+)
 from driftline.serving.transport.wire import JsonForm, WireForm
 
 logger = logging.getLogger(__name__)
@@ -67,6 +73,7 @@ class BundleService:
         self._holder = RouteHolder(
             Workspace.of(settings).bundles, prepare=self._prepare, warm_up=self._warm_up
         )
+        self._made_up_ids = made_up_ids()
         self._recent: deque[ScoreRequest] = deque(maxlen=NUM_RECENT)
         self._froze = False
         self._started_at = datetime.now(UTC)
@@ -265,6 +272,7 @@ class BundleService:
         page, ads = scored.fallbacks(read)
         return Answer(
             request=request,
+            request_id=request.request_id or next(self._made_up_ids),
             live=live,
             now=now,
             probabilities=scored.probabilities,

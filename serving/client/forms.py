@@ -73,11 +73,12 @@ def decode_answer(body: bytes, form: Form) -> dict[str, Any]:
     if form == "json":
         answer = json.loads(body)
         assert isinstance(answer, dict)
-        return answer
+        return {"request_id": None, **answer}  # servers of before do not tell
     from driftline.serving.scoring_pb2 import ScoreAnswer
 
     message = ScoreAnswer.FromString(body)
     return {
+        "request_id": message.request_id or None,
         "bundle": message.bundle,
         "probabilities": list(message.probabilities),
         "features": {

@@ -7,7 +7,6 @@ wait. What does not fit in the queue is dropped and counted.
 """
 
 import hashlib
-import itertools
 import logging
 import time
 from collections import deque
@@ -42,7 +41,6 @@ class Decision(NamedTuple):
     """An answer that waits to become rows."""
 
     answer: "Answer"
-    request_id: str
     answered_at: float
     """Wall time, seconds since the epoch."""
 
@@ -52,7 +50,7 @@ class DecisionLog:
 
     Args:
         settings: ``serving.decision_log`` says how much.
-        replica: Name of this copy; part of every file's name and of made-up request ids.
+        replica: Name of this copy; part of every file's name.
         writer: Where the rows go.
     """
 
@@ -74,7 +72,6 @@ class DecisionLog:
         self._requests_kept = 0
         self._requests_dropped = 0
         self._rows_dropped = 0
-        self._numbers = itertools.count(1)
         self._thread = Repeating("decision-log", seconds=POLL_SECONDS, action=self.drain)
 
     def start(self) -> None:
@@ -83,10 +80,7 @@ class DecisionLog:
 
     def answered(self, answer: "Answer") -> None:
         """Keep the answer, if its request is one of the sample and there is room."""
-        request_id = answer.request.request_id
-        if request_id is None:
-            request_id = f"{self._replica}-{next(self._numbers)}"
-        if not is_sampled(request_id, self._rate):
+        if not is_sampled(answer.request_id, self._rate):
             return
         num_rows = len(answer.request.ads)
         if self._rows_put - self._rows_taken + num_rows > self._max_rows:
@@ -95,7 +89,7 @@ class DecisionLog:
             return
         self._rows_put += num_rows
         self._requests_kept += 1
-        self._queue.append(Decision(answer, request_id, time.time()))
+        self._queue.append(Decision(answer, time.time()))
 
     def refused(self, error: RefusedRequestError) -> None:
         """Nothing was decided."""
@@ -156,7 +150,7 @@ def is_sampled(request_id: str, rate: float) -> bool:
 
 def decision_batch(decision: Decision, schema: pa.Schema, *, replica: str) -> pa.RecordBatch:
     """The rows of one answer, one for each ad. ``[B]``."""
-    answer, request_id = decision.answer, decision.request_id
+    answer, request_id = decision.answer, decision.answer.request_id
     request, num = answer.request, len(answer.request.ads)
     served = answer.columns()
     same: dict[str, Any] = {

@@ -109,7 +109,7 @@ class SlowRequests:
             "arm": answer.live.arm,
             "form": answer.form,
             "page_product_id": answer.request.page,
-            "request_id": answer.request.request_id,
+            "request_id": answer.request_id,
             "features": answer.tiers,
             "num_fallbacks": len(answer.ad_fallbacks) + (answer.page_fallback is not None),
             "loop_lag_ms": 1e3 * self.lag.last_seconds,

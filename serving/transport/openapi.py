@@ -174,8 +174,13 @@ def _ref(name: str) -> dict[str, str]:
 
 ANSWER: Final[Mapping[str, Any]] = {
     "type": "object",
-    "required": ["bundle", "probabilities", "features", "fallbacks", "as_of"],
+    "required": ["request_id", "bundle", "probabilities", "features", "fallbacks", "as_of"],
     "properties": {
+        "request_id": {
+            "type": "string",
+            "description": "The request's own, or made up. Clicks come back with it: the ad at "
+            "place 3, from 0, is impression `REQUEST_ID:3` of the decision log.",
+        },
         "bundle": {"type": "string", "description": "Fingerprint of the bundle that scored it."},
         "probabilities": {
             "type": "array",

@@ -44,6 +44,7 @@ class JsonForm:
 def answer_json(answer: Answer) -> dict[str, Any]:
     """The answer as plain values and one array."""
     return {
+        "request_id": answer.request_id,
         "bundle": answer.live.fingerprint,
         "probabilities": answer.probabilities,
         "features": {

@@ -89,6 +89,7 @@ class ProtobufForm:
                 for index, reason in answer.ad_fallbacks.items()
             ],
             as_of_us=(answer.now - EPOCH) // MICROSECOND,
+            request_id=answer.request_id,
         )
         return message.SerializeToString()
 

@@ -15,7 +15,7 @@ from driftline.serving.service import BundleService
 from driftline.serving.transport.asgi import HttpFace
 
 SMALL = ServingSettings(max_request_bytes=1_000)
-GOOD = b'{"page_product_id": 100001, "ad_product_ids": [100002, 100003]}'
+GOOD = b'{"page_product_id": 100001, "ad_product_ids": [100002, 100003], "request_id": "view-1"}'
 
 Reply = tuple[int, dict[str, str], Any]
 Exchange = Callable[..., Reply]

@@ -14,9 +14,18 @@ from hypothesis import strategies as st
 from driftline.platform.errors import RequestError
 from driftline.platform.processes import free_port
 from driftline.serving.client import ScoringClient
+from driftline.serving.client.forms import Form, decode_answer
 from driftline.serving.client.retries import Retries, UnavailableError, read_retry_after
+from driftline.serving.scoring_pb2 import ScoreAnswer
 
-ANSWER = {"bundle": "b", "probabilities": [0.5], "features": {}, "fallbacks": {}, "as_of": "now"}
+ANSWER = {
+    "request_id": "a-1",
+    "bundle": "b",
+    "probabilities": [0.5],
+    "features": {},
+    "fallbacks": {},
+    "as_of": "now",
+}
 Outcome = tuple[int, dict[str, str], Any]
 BUSY: Outcome = (503, {"Retry-After": "3"}, {"error": {"code": "overloaded", "message": "busy"}})
 FINE: Outcome = (200, {}, ANSWER)
@@ -71,6 +80,16 @@ def test_a_busy_server_is_asked_again_after_the_time_it_wants() -> None:
 
     assert pauses == [3.0]
     assert len(set(callers)) == 1, "the connection is kept"
+
+
+@pytest.mark.parametrize("form", ["json", "protobuf"])
+def test_answers_of_servers_that_tell_no_request_id_are_read(form: Form) -> None:
+    without = {name: value for name, value in ANSWER.items() if name != "request_id"}
+    as_json, as_protobuf = json.dumps(without).encode(), ScoreAnswer(bundle="b").SerializeToString()
+
+    answer = decode_answer(as_json if form == "json" else as_protobuf, form)
+
+    assert (answer["request_id"], answer["bundle"]) == (None, "b")
 
 
 def test_a_server_that_stays_busy_is_given_up() -> None:

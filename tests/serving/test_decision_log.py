@@ -292,17 +292,24 @@ def test_a_writer_that_hangs_holds_up_no_request(
     assert log.status()["rows_waiting"] == 0
 
 
-def test_requests_without_an_id_get_one_that_no_other_has(
+def test_requests_without_an_id_get_one_that_no_other_has_and_the_answer_tells_it(
     logged: tuple[TinyMarket, DecisionLog, BundleService],
 ) -> None:
     market, log, service = logged
-    for _ in range(3):
-        ask(service, {"page_product_id": UNKNOWN, "ad_product_ids": [1]})
+    restarted = BundleService(market.settings, observers=[log])
+    restarted.look()
+    told = [
+        str(ask(one, {"page_product_id": UNKNOWN, "ad_product_ids": [1, 2]})["request_id"])
+        for one in (service, restarted, service, restarted)
+    ]
     log.close()
 
-    found = read_decisions(market.settings)["request_id"].to_pylist()
-    assert len(set(found)) == 3
-    assert all(name.startswith("tiny-1-") for name in found)
+    found = read_decisions(market.settings)
+    assert len(set(told)) == 4
+    assert sorted(set(found["request_id"].to_pylist())) == sorted(told)
+    assert sorted(found["impression_id"].to_pylist()) == sorted(
+        f"{name}:{place}" for name in told for place in range(2)
+    )
 
 
 def test_the_clock_of_the_log_is_event_time(

@@ -36,7 +36,7 @@ def short_of_half(market: TinyMarket, pointer: Path) -> Iterator[Bundle]:
 
 
 def ask(service: BundleService, ads: list[int]) -> dict[str, Any]:
-    body = {"page_product_id": KNOWN, "ad_product_ids": ads}
+    body = {"page_product_id": KNOWN, "ad_product_ids": ads, "request_id": "view-1"}
     answer = orjson.loads(service.score(orjson.dumps(body)))
     assert isinstance(answer, dict)
     return answer

@@ -1,6 +1,7 @@
 """Who answers which request: shares, sticky keys, and bundles that come and go."""
 
 import json
+import operator
 import subprocess
 import sys
 import threading
@@ -188,8 +189,11 @@ def test_requests_without_a_key_are_drawn_by_lot(
     set_traffic(Traffic(canary(second, 0.5)))
     service = BundleService(market.settings)
     service.look()
-    found = [ask(service)["bundle"] for _ in range(60)]
-    assert 8 < found.count(second.fingerprint) < 52  # outside once in 10^9
+    answers = [ask(service) for _ in range(60)]
+    drawn = [answer["bundle"] == second.fingerprint for answer in answers]
+    by_made_up_id = [key_place("salt", answer["request_id"]) < 0.5 for answer in answers]
+    assert 8 < sum(drawn) < 52  # outside once in 10^9
+    assert 8 < sum(map(operator.eq, drawn, by_made_up_id)) < 52, "the server's id decided"
 
 
 def test_a_canary_that_cannot_be_used_is_left_out_and_named(

@@ -18,7 +18,8 @@ def an_answer(milliseconds: float, name: str = "view") -> Any:
         live=SimpleNamespace(arm="champion", fingerprint="f00d"),
         form="json",
         probabilities=[0.1] * 7,
-        request=SimpleNamespace(page=5, request_id=name),
+        request=SimpleNamespace(page=5),
+        request_id=name,
         stages={
             "wait": milliseconds / 2e3,
             "fuse": milliseconds / 2e3,

@@ -85,7 +85,11 @@ def test_every_client_gets_the_same_answer(server: ServingHandle) -> None:
 
             found, meant = answer.pop("probabilities"), expected["probabilities"]
             np.testing.assert_allclose(found, meant, rtol=1e-6)
-            assert answer == {k: v for k, v in expected.items() if k != "probabilities"}
+            assert answer.pop("request_id") == "a"
+            own = ("probabilities", "request_id")
+            assert answer == {k: v for k, v in expected.items() if k not in own}
+            made_up = [other.score(PAGE, ADS)["request_id"] for _ in range(2)]
+            assert len({*made_up, expected["request_id"]}) == 3
 
             with pytest.raises(RequestError, match=r"context\.colour: is not known"):
                 other.score(PAGE, ADS, context={"colour": "red"})

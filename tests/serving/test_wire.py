@@ -232,8 +232,9 @@ def test_both_forms_answer_the_same(market: TinyMarket, first: Bundle, pointer: 
     service = BundleService(market.settings)
     service.look()
     ads = [100_002, 999_999_999, 100_003]
-    body = message(page_product_id=100_001, ad_product_ids=ads).SerializeToString()
-    as_json = {"page_product_id": 100_001, "ad_product_ids": ads}
+    named: dict[str, Any] = {"page_product_id": 100_001, "request_id": "view-1"}
+    body = message(ad_product_ids=ads, **named).SerializeToString()
+    as_json = {"ad_product_ids": ads, **named}
 
     binary = service.answer(body, ProtobufForm())
     found = scoring_pb2.ScoreAnswer.FromString(ProtobufForm().write(binary))
@@ -241,6 +242,10 @@ def test_both_forms_answer_the_same(market: TinyMarket, first: Bundle, pointer: 
 
     np.testing.assert_allclose(found.probabilities, answer["probabilities"], rtol=1e-6)
     assert found.bundle == answer["bundle"]
+    assert found.request_id == answer["request_id"] == "view-1"
+    assert scoring_pb2.PackedScoreAnswer.FromString(ProtobufForm().write(binary)).request_id == (
+        "view-1"
+    )
     assert found.as_of_us == int(datetime.fromisoformat(answer["as_of"]).timestamp() * 10**6)
     assert found.page_fallback == (answer["fallbacks"]["page"] or "")
     assert [{"index": f.index, "reason": f.reason} for f in found.ad_fallbacks] == answer[
