@@ -8,23 +8,23 @@ products come from there, one round trip a request.
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from driftline.features.feast_plugins.keys import Keys
-from driftline.features.online_freshness import MICROSECOND, Ages, StaleCounts, StaleTier
+from driftline.features.online_catalogue import Catalogue, Places
+from driftline.features.online_freshness import MICROSECOND, Ages, StaleCounts
+from driftline.features.online_read import Groups, OnlineRead, Part
 from driftline.features.online_views import (
     Found,
     Key,
     OnlineVersion,
     SnapshotLookup,
     SnapshotVersion,
-    ViewTable,
     Wanted,
     empty_table,
 )
@@ -34,9 +34,9 @@ from driftline.features.paths import (
     project_name,
     unfinished_path,
 )
-from driftline.features.views import NO_TEXT, TEXT_ID, View, feature_views
+from driftline.features.views import TEXT_ID, feature_views
 from driftline.platform.artefacts import read_json
-from driftline.platform.columns import PRODUCT_ALIASES, TEXT_ID_COLUMNS, head_columns
+from driftline.platform.columns import head_columns
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.windows import format_time, parse_time
 
@@ -49,87 +49,7 @@ EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 PATIENCE_SECONDS: Final = 5.0
 """How long a reader that has nothing yet waits for a materialisation to end."""
 
-Columns = dict[str, NDArray[Any]]
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one view gives to a request: slots of its table for each alias that reads it."""
-
-    wanted: Wanted
-    found: Found
-    """Slots of the page and the ads ``[B + 1]``, or of the distinct groups of ads ``[G]``; expired
-    values stand nowhere (-1)."""
-    rows: NDArray[np.int64] | None = None
-    """Group of each ad, for views of categories. ``[B]``."""
-
-    @property
-    def aliases(self) -> tuple[str, ...]:
-        """Prefixes of the columns that it fills."""
-        if self.wanted.view.entity == "product":
-            return PRODUCT_ALIASES
-        return ("ad_category",) if self.wanted.view.entity == "category" else ("category_pair",)
-
-    def slots(self, alias: str) -> NDArray[np.int64]:
-        """Slot of each ad's value under an alias; one for all of the page. ``[B or 1]``."""
-        slots = self.found.slots
-        if self.rows is not None:
-            return slots[self.rows]
-        return slots[:1] if alias == PRODUCT_ALIASES[0] else slots[1:]
-
-
-@dataclass(frozen=True)
-class OnlineRead:
-    """Features of one page and B ads at one moment."""
-
-    num_ads: int
-    parts: tuple[Part, ...]
-    context: Mapping[str, str | float | None]
-    """Features of the impression, by name; those not given are missing."""
-    context_kinds: Mapping[str, str]
-    tiers: Mapping[str, tuple[float, bool]]
-    """By tier: age in seconds of the oldest value used (NaN when none was), and whether it is
-    stale: a value older than the tier allows was used, or all values found had expired."""
-    unknown_page: bool
-    """The page is in no view of products."""
-    unknown_ads: NDArray[np.bool_]
-    """The same for each ad. ``[B]``."""
-    as_of: datetime | None = None
-    """Moment up to which the store was known to be complete."""
-    refusal: StaleTier | None = None
-    """A tier with ``on_stale: refuse`` has a value that is too old: do not answer."""
-    store_unavailable: bool = False
-    """The online store did not answer: features are missing for that reason alone, and which
-    products are unknown cannot be told."""
-
-    @cached_property
-    def columns(self) -> Columns:
-        """Every feature column of a frame, and both text ids. ``[B]`` each.
-
-        Numbers are float32 with NaN for missing, categories objects with ``None``, text ids int64
-        with 0.
-        """
-        num = self.num_ads
-        columns: Columns = {}
-        for name, kind in self.context_kinds.items():
-            value = self.context.get(name)
-            if kind == "numeric":
-                columns[name] = np.full(num, np.nan if value is None else value, np.float32)
-            else:
-                columns[name] = np.full(num, value, np.object_)
-        for name in TEXT_ID_COLUMNS:
-            columns[name] = np.full(num, NO_TEXT, np.int64)
-        for part in self.parts:
-            table = part.found.table
-            for alias in part.aliases:
-                slots = np.broadcast_to(part.slots(alias), num)
-                for place, name in enumerate(part.wanted.numbers):
-                    columns[f"{alias}__{name}"] = table.numbers[slots, place]
-                for name, (codes, values) in table.categories.items():
-                    columns[f"{alias}__{name}"] = values[codes[slots]]
-                if table.text_id is not None:
-                    columns[f"{alias}__{TEXT_ID}"] = table.text_id[slots]
-        return columns
+AsList = list[Key] | NDArray[np.int64]
 
 
 class OnlineFeatures:
@@ -145,7 +65,7 @@ class OnlineFeatures:
         self._nothing = {one.view.name: empty_table(one) for one in self._wanted}
         self._stale = StaleCounts()
         self._redis = _redis(settings, self._wanted)
-        self._version = self._look(None)
+        self._version = self._numbered(self._look(None), None)
 
     @classmethod
     def open(cls, settings: DriftlineSettings) -> "OnlineFeatures":
@@ -157,11 +77,16 @@ class OnlineFeatures:
         """Moment up to which the store is known to be complete; ``None`` before the first time."""
         return self._version.as_of
 
-    def refresh(self, *, prepare: Callable[[Sequence[ViewTable]], None] | None = None) -> bool:
+    @property
+    def version(self) -> OnlineVersion:
+        """What requests see now."""
+        return self._version
+
+    def refresh(self, *, prepare: Callable[[OnlineVersion], None] | None = None) -> bool:
         """Swap to newer snapshots if there are any; whether there were.
 
         Args:
-            prepare: Called with the new tables before any request sees them.
+            prepare: Called with what is new before any request sees it.
 
         Raises:
             FeatureStoreError: a snapshot is damaged; the old ones stay.
@@ -169,8 +94,9 @@ class OnlineFeatures:
         old = self._version
         new = self._look(old)
         if new is not old:
+            new = self._numbered(new, old)
             if prepare is not None:
-                prepare(new.tables())
+                prepare(new)
             self._version = new
         return new is not old
 
@@ -202,31 +128,19 @@ class OnlineFeatures:
         """
         version = self._version
         now_us = (now - EPOCH) // MICROSECOND
+        keys = _keys(page, ads)
         ages = Ages(self._stale)
-        unknown = np.ones(len(ads) + 1, bool)
-        parts = []
-        products = version.products(_keys(page, ads))
-        away = products is None
-        for wanted in self._wanted:
-            if wanted.view.entity == "product":
-                found = self._none(wanted, len(ads) + 1)
-                if products is not None:
-                    found = products[wanted.view.name]
-                unknown &= found.slots < 0
-                parts.append(Part(wanted, ages.add(wanted.view, found, now_us)))
-        groups = _Groups(parts, self._category)
-        for wanted in self._wanted:
-            if wanted.view.entity != "product":
-                keys = groups.keys(wanted.view)
-                group = None if away else version.group(wanted.view, keys)
-                away = group is None
-                found = self._none(wanted, len(keys)) if group is None else group
-                parts.append(Part(wanted, ages.add(wanted.view, found, now_us), groups.rows))
-        if products is None:
-            unknown[:] = False
+        places = None if version.catalogue is None else version.catalogue.find(keys)
+        if places is not None and ages.add_places(places, now_us):
+            unknown, away = places.rows < 0, False
+            find_parts = partial(self._parts_at, places)
+        else:
+            places = None
+            parts, unknown, away = self._parts_by_view(version, keys, ages, now_us)
+            find_parts = partial(tuple, parts)
         return OnlineRead(
             num_ads=len(ads),
-            parts=tuple(parts),
+            find_parts=find_parts,
             context=context,
             context_kinds=self._context,
             tiers=ages.by_tier(now_us),
@@ -235,6 +149,44 @@ class OnlineFeatures:
             as_of=version.as_of,
             refusal=ages.refusal,
             store_unavailable=away,
+            places=places,
+        )
+
+    def _parts_by_view(
+        self, version: OnlineVersion, keys: AsList, ages: Ages, now_us: int
+    ) -> tuple[list[Part], NDArray[np.bool_], bool]:
+        """Look in one view after the other; which keys are in none, and is the store away."""
+        parts = []
+        unknown: NDArray[np.bool_] = np.ones(len(keys), np.bool_)
+        products = version.products(keys)
+        away = products is None
+        for wanted in self._wanted:
+            if wanted.view.entity == "product":
+                found = self._none(wanted, len(keys))
+                if products is not None:
+                    found = products[wanted.view.name]
+                unknown &= found.slots < 0
+                parts.append(Part(wanted, ages.add(wanted.view, found, now_us)))
+        groups = Groups(parts, self._category)
+        for wanted in self._wanted:
+            if wanted.view.entity != "product":
+                names = groups.keys(wanted.view)
+                group = None if away else version.group(wanted.view, names)
+                away = group is None
+                found = self._none(wanted, len(names)) if group is None else group
+                parts.append(Part(wanted, ages.add(wanted.view, found, now_us), groups.rows))
+        if products is None:
+            unknown[:] = False
+        return parts, unknown, away
+
+    def _parts_at(self, places: Places) -> tuple[Part, ...]:
+        """The same from the catalogue, for who asks."""
+        found = places.found()
+        each_ad = np.arange(len(places.rows) - 1)
+        ordered = [found[wanted.view.name] for wanted in self._wanted]
+        return tuple(
+            Part(wanted, slots, None if wanted.view.entity == "product" else each_ad)
+            for wanted, slots in ordered
         )
 
     def status(self, *, now: datetime) -> dict[str, Any]:
@@ -286,6 +238,17 @@ class OnlineFeatures:
             lookups[name] = SnapshotLookup.open(folder / name, wanted, since=since)
         return SnapshotVersion(lookups, as_of)
 
+    def _numbered(self, new: OnlineVersion, old: OnlineVersion | None) -> OnlineVersion:
+        """With a catalogue, if there is room for one."""
+        if not isinstance(new, SnapshotVersion):
+            return new
+        if isinstance(old, SnapshotVersion) and old.has_lookups_of(new):
+            return replace(new, catalogue=old.catalogue)
+        max_bytes = self._settings.serving.folded_megabytes * 10**6
+        lookups = list(new.lookups.values())
+        made = Catalogue.of(lookups, self._category, max_bytes=max_bytes)
+        return replace(new, catalogue=made)
+
     def _finished(self) -> tuple[int, int] | None:
         """Changes with every materialisation; ``None`` while one is under way or was killed."""
         if unfinished_path(self._settings).exists():
@@ -323,35 +286,7 @@ def _redis(settings: DriftlineSettings, wanted: Sequence[Wanted]) -> "RedisSourc
     )
 
 
-class _Groups:
-    """Distinct categories of a request's ads, for views that have a row for a category."""
-
-    def __init__(self, parts: Sequence[Part], category: str | None) -> None:
-        self._page: str | None = None
-        self._categories: list[str | None] = []
-        self.rows = np.empty(0, np.int64)
-        for part in parts:
-            if category in part.wanted.categories:
-                codes, values = part.found.table.categories[category]
-                page, *ads = codes.take(part.found.slots).tolist()
-                places: dict[int, int] = {}  # quicker than np.unique for a request's rows
-                rows = [places.setdefault(code, len(places)) for code in ads]
-                self.rows = np.array(rows, np.int64)
-                self._page = values[page]
-                self._categories = [values[code] for code in places]
-
-    def keys(self, view: View) -> list[Key | None]:
-        """Keys of the groups in a view of categories, or of pairs with the page's. ``[G]``."""
-        if view.entity == "category":
-            return list(self._categories)
-        page = self._page
-        return [
-            None if page is None or category is None else f"{page}|{category}"
-            for category in self._categories
-        ]
-
-
-def _keys(page: Key, ads: Sequence[Key] | NDArray[np.int64]) -> Keys:
+def _keys(page: Key, ads: Sequence[Key] | NDArray[np.int64]) -> AsList:
     """Page first, then ads; integers as an array. ``[B + 1]``."""
     if not isinstance(ads, np.ndarray):
         return [page, *ads]

@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from threading import Lock
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from driftline.features.online_views import Found
 from driftline.features.views import TIERS, View
+
+if TYPE_CHECKING:
+    from driftline.features.online_catalogue import Places
 
 MICROSECOND: Final = timedelta(microseconds=1)
 NEVER_US: Final = 2**62
@@ -76,7 +78,7 @@ class Ages:
         stale = now_us - oldest_us > limit_us
         if stale:  # rare: the common case above takes a handful of array operations
             old = now_us - event_us > limit_us
-            self._handle(view, old, age_us=now_us - oldest_us, limit_us=limit_us)
+            self._handle(view, int(old.sum()), age_us=now_us - oldest_us, limit_us=limit_us)
             if view.expires:
                 found = replace(found, slots=np.where(old, -1, found.slots))
                 event_us[old] = NEVER_US
@@ -84,6 +86,25 @@ class Ages:
                 stale = oldest_us == NEVER_US
         self._note(view.tier, oldest_us if oldest_us < NEVER_US else None, stale=stale)
         return found
+
+    def add_places(self, places: "Places", now_us: int) -> bool:
+        """The same for all views at once; ``False``, and nothing noted, if a value has expired."""
+        stale = []
+        views = places.oldest_by_view()
+        for place, (view, oldest_us) in enumerate(views):
+            if now_us - oldest_us > view.value_freshness // MICROSECOND:
+                if view.expires:
+                    return False
+                stale.append(place)
+        for place in stale:
+            view, oldest_us = views[place]
+            limit_us = view.value_freshness // MICROSECOND
+            number = places.num_before(place, now_us - limit_us)
+            self._handle(view, number, age_us=now_us - oldest_us, limit_us=limit_us)
+        for place, (view, oldest_us) in enumerate(views):
+            known = oldest_us if oldest_us < NEVER_US else None
+            self._note(view.tier, known, stale=place in stale)
+        return True
 
     def by_tier(self, now_us: int) -> dict[str, tuple[float, bool]]:
         """Age in seconds (never below 0, NaN where nothing is known) and staleness of each tier."""
@@ -100,8 +121,7 @@ class Ages:
             stale = stale or was_stale
         self._tiers[tier] = oldest_us, stale
 
-    def _handle(self, view: View, old: NDArray[np.bool_], *, age_us: int, limit_us: int) -> None:
-        number = int(old.sum())
+    def _handle(self, view: View, number: int, *, age_us: int, limit_us: int) -> None:
         handling: Handling = "used"
         if view.expires:
             handling = "defaulted"

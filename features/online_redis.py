@@ -99,6 +99,7 @@ class RedisVersion:
     source: "RedisSource" = field(compare=False)
     as_of: datetime | None
     groups: Mapping[str, Groups]
+    catalogue: None = None
 
     def products(self, keys: Keys) -> Mapping[str, Found] | None:
         """All views of products, in one round trip; ``None`` while Redis is away."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ from driftline.features.feast_plugins.keys import Keys
 from driftline.features.feast_plugins.snapshot import Snapshot, current_version
 from driftline.features.views import NO_TEXT, TEXT_ID, View
 
+if TYPE_CHECKING:
+    from driftline.features.online_catalogue import Catalogue
 Key = int | str
 
 
@@ -59,6 +61,10 @@ class OnlineVersion(Protocol):
     @property
     def as_of(self) -> datetime | None:
         """Moment up to which the store is known to be complete; ``None`` before the first time."""
+
+    @property
+    def catalogue(self) -> "Catalogue | None":
+        """All products in one numbering; ``None`` where there are too many."""
 
     def products(self, keys: Keys) -> Mapping[str, Found] | None:
         """Every view of products by name, in the order of ``keys``; ``None`` with no store."""
@@ -112,6 +118,7 @@ class SnapshotVersion:
 
     lookups: Mapping[str, SnapshotLookup]
     as_of: datetime | None
+    catalogue: "Catalogue | None" = None
 
     def products(self, keys: Keys) -> Mapping[str, Found] | None:
         """All views of products."""
@@ -122,9 +129,12 @@ class SnapshotVersion:
         }
 
     def equals(self, other: "SnapshotVersion") -> bool:
+        """Whether both hold the very same snapshots of the same moment."""
+        return self.as_of == other.as_of and self.has_lookups_of(other)
+
+    def has_lookups_of(self, other: "SnapshotVersion") -> bool:
         """Whether both hold the very same snapshots."""
-        same = (other.lookups[name] is lookup for name, lookup in self.lookups.items())
-        return self.as_of == other.as_of and all(same)
+        return all(other.lookups[name] is lookup for name, lookup in self.lookups.items())
 
     def group(self, view: View, keys: Keys) -> Found | None:
         """A view of categories."""

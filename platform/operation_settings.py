@@ -72,6 +72,10 @@ class ServingSettings(Settings):
     """A request that has waited so long since it arrived is answered 503 instead of scored."""
     grpc_port: Annotated[int, Field(gt=0, lt=65536)] | None = None
     """Also answer gRPC (``serving/scoring.proto``) at this port; not when left out."""
+    folded_megabytes: NonNegativeInt = 256
+    """Memory that a replica may spend, for each bundle and snapshot, on what every product adds to
+    the head's first layer, computed beforehand: about 8 bytes a product and unit of that layer. A
+    larger catalogue is scored from the feature tables, which takes longer. 0 turns it off."""
     decision_log: DecisionLogSettings = DecisionLogSettings()
     metrics: MetricsSettings = MetricsSettings()
     slow_requests: SlowRequestSettings = SlowRequestSettings()

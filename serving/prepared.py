@@ -9,7 +9,8 @@ from typing import Any, Final, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from driftline.features.online import OnlineRead
+from driftline.features.online_read import OnlineRead
+from driftline.features.online_views import OnlineVersion
 from driftline.features.views import feature_views
 from driftline.platform.bundle import Bundle
 from driftline.platform.columns import TEXT_ID_COLUMNS, head_columns
@@ -42,20 +43,31 @@ class PreparedBundle:
     deltas: DeltaReader
 
     @classmethod
-    def of(cls, bundle: Bundle, settings: DriftlineSettings) -> "PreparedBundle":
+    def of(
+        cls, bundle: Bundle, settings: DriftlineSettings, *, version: OnlineVersion | None = None
+    ) -> "PreparedBundle":
         """Check that a bundle belongs to these settings, and read it.
+
+        Args:
+            bundle: The bundle.
+            settings: Of the market.
+            version: The feature snapshot that it will answer from first.
 
         Raises:
             BundleError: it was built from other features, or lacks what the settings ask for.
         """
         check_features(bundle, settings)
         scorer = Scorer.of(bundle)
+        max_bytes = settings.serving.folded_megabytes * 10**6
+        requests = RequestScorer(scorer, max_folded_bytes=max_bytes)
+        if version is not None:
+            requests.prepare(version)
         encodes = settings.serving.unknown_product == "encode"
         prepared = cls(
             bundle=bundle,
             scorer=scorer,
             parser=request_parser(bundle.contract, settings),
-            requests=RequestScorer(scorer),
+            requests=requests,
             encoder=ArmsEncoder.of(bundle, settings) if encodes else None,
             deltas=DeltaReader(bundle),
         )

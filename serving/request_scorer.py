@@ -1,33 +1,24 @@
-"""Scores one page and its ads straight from the feature tables, without building a frame.
+"""Scores one page and its ads without building a frame: the same numbers as ``Scorer``.
 
-The same numbers as ``Scorer``, arranged for a request. The head's first layer is linear, so what
-the page and the impression give to it is computed once and not once an ad. Strings are not touched:
-each table's categories are mapped to the bundle's when the table comes. Numbers are gathered,
-scaled and multiplied a whole side at a time.
+Where the snapshot has a catalogue that was folded for this bundle, a request is a few gathers and
+the layers after the first. Else the first layer is computed from the feature tables.
 
-Shape suffixes: K rows of one side (1 for the page, B for the ads), N numeric columns of a side,
-F numeric inputs made of them, V width of the first layer.
+Shape suffixes: B ads, V width of the first layer.
 """
 
 import copy
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final, Self
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
-from driftline.features.online import OnlineRead
-from driftline.features.online_views import ViewTable
-from driftline.platform.columns import PRODUCT_ALIASES
+from driftline.features.online_catalogue import Catalogue, Places
+from driftline.features.online_read import OnlineRead, aliases
+from driftline.features.online_views import Found, OnlineVersion, Wanted
 from driftline.platform.scorer import Scorer
-from driftline.platform.tabular import TabularEncoder
-
-Float32 = NDArray[np.float32]
-Places = NDArray[np.int64]
-
-PAGE: Final = PRODUCT_ALIASES[0]
+from driftline.serving.folded_catalogue import FoldedCatalogue, text_ids_of
+from driftline.serving.head_shares import CategoryRows, Float32, Impression, Side
 
 
 @dataclass(frozen=True)
@@ -42,158 +33,104 @@ class RequestScore:
     """The same for each ad. ``[B]``."""
 
 
-@dataclass(frozen=True)
-class _Source:
-    """What one view gives to a side under one alias."""
-
-    part: int
-    alias: str
-    num_numbers: int
-    columns: NDArray[np.int64] | None
-    """Columns of the table that the head reads, in the side's order; all of them: ``None``."""
-    categories: tuple[tuple[str, str], ...]
-    """Names as the head and as the table know them."""
-
-
-@dataclass(frozen=True)
-class _Side:
-    """Columns that are alike for all ads of a request, or those that differ."""
-
-    sources: tuple[_Source, ...]
-    context: tuple[tuple[str, ...], tuple[str, ...]]
-    """Numbers and categories of the impression itself; on the page's side."""
-    numbers: TabularEncoder
-    weights: Float32
-    """``[F, V]``"""
-
-    @classmethod
-    def of(cls, scorer: Scorer, read: OnlineRead, *, page: bool) -> Self:
-        numbers = {number.column for number in scorer.tabular.numbers}
-        categories = {category.column for category in scorer.tabular.categories}
-        sources = []
-        order: list[str] = []
-        for index, part in enumerate(read.parts):
-            for alias in part.aliases:
-                if (alias == PAGE) == page:
-                    named = [f"{alias}__{name}" for name in part.wanted.numbers]
-                    at = [place for place, column in enumerate(named) if column in numbers]
-                    order += [named[place] for place in at]
-                    pairs = ((f"{alias}__{name}", name) for name in part.wanted.categories)
-                    read_too = tuple(pair for pair in pairs if pair[0] in categories)
-                    columns = None if len(at) == len(named) else np.array(at, np.int64)
-                    sources.append(_Source(index, alias, len(at), columns, read_too))
-        own = list(read.context_kinds) if page else []
-        context = (
-            tuple(name for name in own if name in numbers),
-            tuple(name for name in own if name in categories),
-        )
-        tabular, inputs = scorer.tabular.selected([*order, *context[0]])
-        return cls(tuple(sources), context, tabular, scorer.fused.numbers[inputs])
-
-
 class RequestScorer:
     """Scores requests with one bundle. Thread-safe.
 
-    Which column of which view goes where is settled by the first read, the warm-up's.
+    Which column of which view goes where is settled by the first snapshot.
 
     Args:
         scorer: The bundle's.
+        max_folded_bytes: Memory that may be spent on folding a snapshot's catalogue.
     """
 
-    def __init__(self, scorer: Scorer) -> None:
+    def __init__(self, scorer: Scorer, *, max_folded_bytes: int = 0) -> None:
         self.scorer = scorer
-        self._settled: tuple[_Side, _Side] | None = None
-        columns = scorer.tabular.categories
-        first_rows = scorer.fused.first_rows.tolist()
-        self._categories = {
-            category.column: (category, first)
-            for category, first in zip(columns, first_rows, strict=True)
-        }
-        self._places: WeakKeyDictionary[ViewTable, dict[str, Places]] = WeakKeyDictionary()
+        self._max_folded_bytes = max_folded_bytes
+        self._rows = CategoryRows(scorer)
+        self._sides: dict[str, Side] | None = None
+        self._impression: Impression | None = None
+        self._folded: WeakKeyDictionary[Catalogue, FoldedCatalogue] = WeakKeyDictionary()
 
     def over(self, scorer: Scorer) -> "RequestScorer":
-        """The same over a scorer that differs in its vectors alone; what was mapped is kept."""
+        """The same over a scorer that differs in its vectors alone; folds anew what it had."""
         made = copy.copy(self)
         made.scorer = scorer
+        made._folded = WeakKeyDictionary()
+        for catalogue in list(self._folded):
+            made._fold(catalogue)
         return made
 
-    def prepare(self, tables: Iterable[ViewTable]) -> None:
-        """Map the categories of tables that are about to come, so that no request has to."""
-        for table in tables:
-            for column in self._categories:
-                name = column.partition("__")[2]
-                if name in table.categories:
-                    self._map(table, column, name)
+    def prepare(self, version: OnlineVersion) -> None:
+        """Do what can be done for a snapshot before the first request sees it."""
+        self._rows.prepare(version.tables())
+        if version.catalogue is not None and version.catalogue not in self._folded:
+            self._fold(version.catalogue)
 
     def score(self, read: OnlineRead) -> RequestScore:
         """Score the page and ads of a read."""
-        scorer = self.scorer
-        page, ads = self._sides(read)
-        page_1V = self._states(page, read, num_rows=1)
-        states_BV = self._states(ads, read, num_rows=read.num_ads)
-        text_ids = _text_ids(read)
-        rows = scorer.vectors.rows(text_ids)
-        uncached = (rows < 0) & (text_ids > 0)
-        page_1V += scorer.projected.page[rows[:1]]
-        page_1V += scorer.fused.bias
-        states_BV += scorer.projected.ad.take(rows[1:], axis=0)
-        states_BV += page_1V
-        logits_B2 = scorer.fused.finish(states_BV).astype(np.float64)
+        places = read.places
+        folded = None if places is None else self._folded.get(places.catalogue)
+        if places is None or folded is None:
+            states_BV, uncached = self._from_tables(read)
+        else:
+            states_BV, uncached = _gathered(folded, places)
+        states_BV += self._impression_of(read).state(self.scorer, self._rows, read.context)
+        logits_B2 = self.scorer.fused.finish(states_BV).astype(np.float64)
         return RequestScore(
-            probabilities=scorer.calibration.probabilities(logits_B2[:, 1] - logits_B2[:, 0]),
+            probabilities=self.scorer.calibration.probabilities(logits_B2[:, 1] - logits_B2[:, 0]),
             page_uncached=bool(uncached[0]),
             ads_uncached=uncached[1:],
         )
 
-    def _sides(self, read: OnlineRead) -> tuple[_Side, _Side]:
-        if self._settled is None:
-            page, ads = (_Side.of(self.scorer, read, page=page) for page in (True, False))
-            self._settled = page, ads
-        return self._settled
+    def _from_tables(self, read: OnlineRead) -> tuple[Float32, NDArray[np.bool_]]:
+        """Share of all but the impression ``[B, V]``; which texts are not cached ``[B + 1]``."""
+        scorer, rows, parts = self.scorer, self._rows, read.parts
+        sides = self._sides or self._settle(tuple(part.wanted for part in parts))
+        products = {p.wanted.view.name: p.found for p in parts if p.rows is None}
+        page = {name: Found(one.table, one.slots[:1]) for name, one in products.items()}
+        ads = {name: Found(one.table, one.slots[1:]) for name, one in products.items()}
+        text_ids = text_ids_of(products, read.num_ads + 1)
+        places = scorer.vectors.rows(text_ids)
+        states_BV = sides["ad"].states(scorer, rows, ads, num_rows=read.num_ads)
+        states_BV += scorer.projected.ad.take(places[1:], axis=0)
+        page_1V = sides["page"].states(scorer, rows, page, num_rows=1)
+        states_BV += page_1V + scorer.projected.page[places[:1]]
+        for part in parts:
+            if part.rows is not None:
+                side = sides[aliases(part.wanted.view)[0]]
+                found = {part.wanted.view.name: part.found}
+                groups = side.states(scorer, rows, found, num_rows=len(part.found.slots))
+                states_BV += groups.take(part.rows, axis=0)
+        return states_BV, (places < 0) & (text_ids > 0)
 
-    def _states(self, side: _Side, read: OnlineRead, *, num_rows: int) -> Float32:
-        """What a side gives to the head's first layer. ``[K, V]``."""
-        fused = self.scorer.fused
-        raw_NK = np.empty((len(side.numbers.numbers), num_rows))
-        places: list[Places] = []
-        end = 0
-        for source in side.sources:
-            part = read.parts[source.part]
-            table, slots = part.found.table, part.slots(source.alias)
-            start, end = end, end + source.num_numbers
-            if end > start:
-                found_NK = table.numbers.take(slots, axis=0).T
-                raw_NK[start:end] = found_NK if source.columns is None else found_NK[source.columns]
-            for column, name in source.categories:
-                codes = table.categories[name][0].take(slots)
-                places.append(self._map(table, column, name).take(codes))
-        numbers, categories = side.context
-        for place, name in enumerate(numbers, start=end):
-            value = read.context.get(name)
-            raw_NK[place] = np.nan if value is None else value
-        states_KV = side.numbers.normalise(raw_NK) @ side.weights
-        for rows in places:
-            states_KV += fused.categories.take(rows, axis=0)
-        for name in categories:
-            category, first = self._categories[name]
-            states_KV += fused.categories[first + category.number(read.context.get(name))]
-        return states_KV
+    def _fold(self, catalogue: Catalogue) -> None:
+        pairs = () if catalogue.pairs is None else (catalogue.pairs.wanted,)
+        sides = self._sides or self._settle((*catalogue.wanted, *pairs))
+        folded = FoldedCatalogue.of(
+            catalogue, self.scorer, self._rows, sides, max_bytes=self._max_folded_bytes
+        )
+        if folded is not None:
+            self._folded[catalogue] = folded
 
-    def _map(self, table: ViewTable, column: str, name: str) -> Places:
-        """Row of the fused categories for each code of a table, the last one's for none."""
-        known = self._places.get(table)
-        if known is None:
-            known = self._places.setdefault(table, {})
-        if column not in known:
-            category, first = self._categories[column]
-            known[column] = first + category.encode_objects(table.categories[name][1]).astype(int)
-        return known[column]
+    def _settle(self, views: tuple[Wanted, ...]) -> dict[str, Side]:
+        by_alias: dict[str, list[Wanted]] = {}
+        for wanted in views:
+            for alias in aliases(wanted.view):
+                by_alias.setdefault(alias, []).append(wanted)
+        self._sides = {name: Side.of(self.scorer, name, of) for name, of in by_alias.items()}
+        return self._sides
+
+    def _impression_of(self, read: OnlineRead) -> Impression:
+        if self._impression is None:
+            self._impression = Impression.of(self.scorer, list(read.context_kinds))
+        return self._impression
 
 
-def _text_ids(read: OnlineRead) -> NDArray[np.int64]:
-    """Text of the page, then of each ad; 0 for none. ``[B + 1]``."""
-    for part in read.parts:
-        text_id = part.found.table.text_id
-        if text_id is not None:
-            return text_id.take(part.found.slots)
-    return np.zeros(read.num_ads + 1, np.int64)
+def _gathered(folded: FoldedCatalogue, places: Places) -> tuple[Float32, NDArray[np.bool_]]:
+    """The same from what was folded."""
+    rows = places.rows
+    states_BV = folded.ad.take(rows[1:], axis=0)
+    states_BV += folded.page[rows[0]]
+    if folded.pair is not None and places.pair_slots is not None:
+        states_BV += folded.pair.take(places.pair_slots, axis=0)
+    return states_BV, folded.uncached.take(rows)

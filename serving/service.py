@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from driftline.features.online import OnlineFeatures, OnlineRead
+from driftline.features.online import OnlineFeatures
 from driftline.features.online_freshness import StaleTier
-from driftline.features.online_views import ViewTable
+from driftline.features.online_read import OnlineRead
+from driftline.features.online_views import OnlineVersion
 from driftline.platform.bundle import Bundle
 from driftline.platform.errors import BundleError, DriftlineError
 from driftline.platform.settings import DriftlineSettings
@@ -107,7 +108,7 @@ class BundleService:
     def look(self) -> None:
         """Take newer features and a newer champion, if there are any."""
         try:
-            self._features.refresh(prepare=self._prepare_tables)
+            self._features.refresh(prepare=self._prepare_version)
             self._feature_error = None
         except (DriftlineError, OSError) as error:
             if self._feature_error != str(error):
@@ -123,9 +124,9 @@ class BundleService:
         for live in self._holder.routes.all():
             live.prepared.refresh()
 
-    def _prepare_tables(self, tables: Sequence[ViewTable]) -> None:
+    def _prepare_version(self, version: OnlineVersion) -> None:
         for live in self._holder.routes.all():
-            live.prepared.requests.prepare(tables)
+            live.prepared.requests.prepare(version)
 
     def _follow(self) -> None:
         while not self._stop.wait(self._settings.serving.poll_seconds):
@@ -145,7 +146,7 @@ class BundleService:
             ) from error
 
     def _prepare(self, bundle: Bundle) -> PreparedBundle:
-        return PreparedBundle.of(bundle, self._settings)
+        return PreparedBundle.of(bundle, self._settings, version=self._features.version)
 
     def _warm_up(self, live: LiveBundle) -> None:
         """Score the newest good requests once more, or a made-up one before there are any."""

@@ -288,6 +288,36 @@ def test_a_value_older_than_its_tier_is_used_defaulted_or_refused_and_counted(
     assert refused.refusal.limit_seconds == 3600 * limit
 
 
+@given(
+    page=st.sampled_from(["p0", "p3", "p7", "nobody"]),
+    ads=st.lists(st.sampled_from([*(f"p{n}" for n in range(12)), "nothing"]), max_size=12),
+    hours=st.sampled_from([0, 1, 2, 3, 20, 31, 400]),
+    handling=st.sampled_from(["use", "default", "refuse"]),
+)
+@hypothesis_settings(deadline=None, max_examples=40)
+def test_a_catalogue_finds_what_the_views_find(
+    market: DriftlineSettings, page: str, ads: list[str], hours: int, handling: str
+) -> None:
+    asked = with_tier(market, "short", on_stale=handling, value_freshness_hours=2)
+    by_view = asked.serving.model_copy(update={"folded_megabytes": 0})
+    readers = [
+        OnlineFeatures.open(settings)
+        for settings in (asked, asked.model_copy(update={"serving": by_view}))
+    ]
+    assert [reader.version.catalogue is None for reader in readers] == [False, True]
+    now = SPAN.end + hours * HOUR
+    fast, slow = (reader.read(page, ads, context={}, now=now) for reader in readers)
+    if handling != "default":
+        assert fast.places is not None
+    assert str(fast.tiers) == str(slow.tiers)
+    assert (fast.unknown_page, fast.refusal) == (slow.unknown_page, slow.refusal)
+    assert fast.unknown_ads.tolist() == slow.unknown_ads.tolist()
+    assert readers[0].counts() == readers[1].counts()
+    assert list(fast.columns) == list(slow.columns)
+    for name, column in fast.columns.items():
+        assert list(map(plain, column)) == list(map(plain, slow.columns[name])), name
+
+
 def test_refusing_is_no_other_feature_than_using(market: DriftlineSettings) -> None:
     # A bundle trained under one may be served under the other.
     using, refusing = (

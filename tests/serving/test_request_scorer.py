@@ -1,5 +1,6 @@
 """Scoring a request from the tables equals scoring the frame that it would be."""
 
+import gc
 from datetime import timedelta
 from typing import Any
 
@@ -31,9 +32,17 @@ def scorer(first: Bundle) -> Scorer:
     return Scorer.of(first)
 
 
-@pytest.fixture(scope="module")
-def requests(scorer: Scorer) -> RequestScorer:
-    return RequestScorer(scorer)
+@pytest.fixture(scope="module", params=["folded", "from tables", "folded too late"])
+def requests(
+    scorer: Scorer, features: OnlineFeatures, request: pytest.FixtureRequest
+) -> RequestScorer:
+    found = RequestScorer(scorer, max_folded_bytes=10**6)
+    if request.param == "folded":
+        found.prepare(features.version)
+        assert len(found._folded) == 1
+    elif request.param == "folded too late":
+        found.prepare(OnlineFeatures.open(features._settings).version)  # of another reader
+    return found
 
 
 @settings(max_examples=150)
@@ -77,16 +86,32 @@ def test_another_snapshot_brings_its_own_categories(
         )
 
 
-def test_tables_that_were_prepared_cost_no_request_a_mapping(
+def test_a_prepared_snapshot_costs_no_request_a_mapping(
     features: OnlineFeatures, scorer: Scorer
 ) -> None:
     fresh = RequestScorer(scorer)
-    read = features.read(100_001, [100_002, 100_003], context={}, now=AS_OF)
-    tables = [part.found.table for part in read.parts]
-    fresh.prepare(tables)
-    mapped = {table: dict(fresh._places[table]) for table in tables if table in fresh._places}
+    fresh.prepare(features.version)
+    mapped = {table: dict(columns) for table, columns in fresh._rows._known.items()}
     assert mapped
 
-    fresh.score(read)
+    fresh.score(features.read(100_001, [100_002, 100_003], context={}, now=AS_OF))
 
-    assert {table: dict(fresh._places[table]) for table in fresh._places} == mapped
+    assert {table: dict(columns) for table, columns in fresh._rows._known.items()} == mapped
+
+
+def test_a_catalogue_too_large_is_scored_from_the_tables(
+    features: OnlineFeatures, scorer: Scorer
+) -> None:
+    small = RequestScorer(scorer, max_folded_bytes=10)
+    small.prepare(features.version)
+    assert not small._folded
+
+
+def test_what_was_folded_goes_with_its_snapshot(market: TinyMarket, scorer: Scorer) -> None:
+    features = OnlineFeatures.open(market.settings)
+    requests = RequestScorer(scorer, max_folded_bytes=10**6)
+    requests.prepare(features.version)
+    assert len(requests._folded) == 1
+    del features
+    gc.collect()
+    assert not requests._folded

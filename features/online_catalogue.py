@@ -1,0 +1,210 @@
+"""All products of a snapshot in one numbering, so that a request is looked up once.
+
+Each view has its own slots; a request would look in all of them, and then in the views of
+categories. Here a product's slot in every view, its category's, and the times of all these values
+stand side by side. Computed in the background when a snapshot comes, and never changed. Costs
+about a hundred bytes a product in each process, so catalogues above a bound do without.
+
+Shape suffixes: P products, W views, C categories, K requested products, B ads.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, Self
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from driftline.features.feast_plugins.keys import KeyIndex, Keys, build_key_index
+from driftline.features.online_freshness import NEVER_US
+from driftline.features.online_views import Found, SnapshotLookup, ViewTable, Wanted
+from driftline.features.views import View
+
+Slots = NDArray[np.int64]
+
+MAX_PAIRS: Final = 250_000
+"""Categories squared, up to which the slots of all pairs are known beforehand."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The view of pairs of categories, by the codes of page and ad."""
+
+    wanted: Wanted
+    table: ViewTable
+    slots: NDArray[np.int32]
+    """``[C + 1, C + 1]``, the last ones for a product without a category."""
+    event_us: NDArray[np.int64]
+    """By slot; ``NEVER_US`` for a pair that is not there."""
+
+
+@dataclass(frozen=True, eq=False)
+class Catalogue:
+    """Where every product stands; the last place, also at -1, is that of an unknown one."""
+
+    index: KeyIndex
+    wanted: tuple[Wanted, ...]
+    """Views of products, then that of categories if there is one. ``[W]``."""
+    tables: tuple[ViewTable, ...]
+    num_products: int
+    """Views of products: the first of ``wanted``."""
+    slots: NDArray[np.int32]
+    """``[P + 1, W]``"""
+    event_us: NDArray[np.int64]
+    """Event time of each value, ``NEVER_US`` where there is none. ``[P + 1, W]``."""
+    codes: NDArray[np.int32]
+    """Category of each product. ``[P + 1]``."""
+    pairs: Pairs | None
+
+    @classmethod
+    def of(
+        cls, lookups: Sequence[SnapshotLookup], category: str | None, *, max_bytes: int
+    ) -> Self | None:
+        """Number the products of all views; ``None`` where that would take too much memory.
+
+        Args:
+            lookups: The views of one snapshot.
+            category: The feature that views of categories go by.
+            max_bytes: What the catalogue may take, roughly.
+        """
+        products = [one for one in lookups if one.wanted.view.entity == "product"]
+        groups = {one.wanted.view.entity: one for one in lookups if one not in products}
+        held = [one.snapshot for one in products if one.snapshot is not None]
+        width = len(products) + 1
+        if not held or max(map(len, held)) * width * 12 > max_bytes:
+            return None
+        keys = _distinct([snapshot.keys() for snapshot in held])
+        codes, values = _categories(products, category, keys)
+        if "category_pair" in groups and len(values) ** 2 > MAX_PAIRS:
+            return None
+        columns = [one.find(keys).slots for one in products]
+        used = list(products)
+        if (by_category := groups.get("category")) is not None:
+            columns.append(by_category.find(values).slots.take(codes[:-1]))
+            used.append(by_category)
+        slots = np.full((len(keys) + 1, len(columns)), -1, np.int32)
+        event_us = np.full(slots.shape, NEVER_US)
+        for place, (column, one) in enumerate(zip(columns, used, strict=True)):
+            slots[:-1, place] = column
+            known = column >= 0
+            event_us[:-1, place][known] = one.table.event_us.take(column[known])
+        by_pair = groups.get("category_pair")
+        return cls(
+            index=build_key_index(keys),
+            wanted=tuple(one.wanted for one in used),
+            tables=tuple(one.table for one in used),
+            num_products=len(products),
+            slots=slots,
+            event_us=event_us,
+            codes=codes,
+            pairs=None if by_pair is None else _pairs(by_pair, values),
+        )
+
+    @cached_property
+    def views(self) -> tuple[View, ...]:
+        """Those of ``wanted``."""
+        return tuple(one.view for one in self.wanted)
+
+    def __len__(self) -> int:
+        return len(self.slots) - 1
+
+    def find(self, keys: Keys) -> "Places":
+        """Where a page and its ads stand. ``[B + 1]``, the page first."""
+        rows = self.index.rows(keys)
+        event_us = self.event_us.take(rows, axis=0)
+        event_us[0, self.num_products :] = NEVER_US  # a page's own category gives it nothing
+        pair_slots = None
+        if self.pairs is not None:
+            codes = self.codes.take(rows)
+            pair_slots = self.pairs.slots[codes[0]].take(codes[1:])
+        return Places(self, rows, event_us, pair_slots)
+
+
+@dataclass(frozen=True)
+class Places:
+    """A page and its ads in a catalogue."""
+
+    catalogue: Catalogue
+    rows: Slots
+    """-1 for an unknown product. ``[B + 1]``."""
+    event_us: NDArray[np.int64]
+    """``[B + 1, W]``"""
+    pair_slots: NDArray[np.int32] | None
+    """Slot of each ad's pair of categories. ``[B]``."""
+
+    def oldest_by_view(self) -> list[tuple[View, int]]:
+        """Each view and the event time of its oldest value here, ``NEVER_US`` if there is none."""
+        oldest_us = self.event_us.min(axis=0).tolist()
+        found = list(zip(self.catalogue.views, oldest_us, strict=True))
+        pairs = self.catalogue.pairs
+        if pairs is not None and self.pair_slots is not None:
+            times_us = pairs.event_us.take(self.pair_slots)
+            found.append((pairs.wanted.view, int(times_us.min(initial=NEVER_US))))
+        return found
+
+    def num_before(self, place: int, moment_us: int) -> int:
+        """Values of a view, by its place in ``oldest_by_view``, from before a moment.
+
+        A page or an ad is one in views of products; in others a category or a pair is.
+        """
+        catalogue = self.catalogue
+        if place < catalogue.num_products:
+            return int((self.event_us[:, place] < moment_us).sum())
+        if place < len(catalogue.wanted):
+            old = self.event_us[:, place] < moment_us
+            return len(np.unique(catalogue.slots.take(self.rows[old], axis=0)[:, place]))
+        assert catalogue.pairs is not None
+        assert self.pair_slots is not None
+        old = catalogue.pairs.event_us.take(self.pair_slots) < moment_us
+        return len(np.unique(self.pair_slots[old]))
+
+    def found(self) -> Mapping[str, tuple[Wanted, Found]]:
+        """Slots in each view: of page and ads in views of products, else of the ads."""
+        catalogue = self.catalogue
+        slots = catalogue.slots.take(self.rows, axis=0).astype(np.int64)
+        found = {}
+        for place, (wanted, table) in enumerate(
+            zip(catalogue.wanted, catalogue.tables, strict=True)
+        ):
+            first = 0 if place < catalogue.num_products else 1
+            found[wanted.view.name] = wanted, Found(table, slots[first:, place])
+        if catalogue.pairs is not None and self.pair_slots is not None:
+            pairs = catalogue.pairs
+            ads = Found(pairs.table, self.pair_slots.astype(np.int64))
+            found[pairs.wanted.view.name] = pairs.wanted, ads
+        return found
+
+
+def _distinct(columns: Sequence[pa.ChunkedArray]) -> pa.Array:
+    """Every key once."""
+    first, *others = columns
+    keys = first.combine_chunks()
+    for column in others:
+        if not column.equals(first):
+            keys = pa.chunked_array([keys, *column.chunks]).unique()
+    return keys
+
+
+def _categories(
+    products: Sequence[SnapshotLookup], category: str | None, keys: pa.Array
+) -> tuple[NDArray[np.int32], list[Any]]:
+    """Code of each product's category ``[P + 1]``, and the names, ``None`` last ``[C + 1]``."""
+    for one in products:
+        if category in one.wanted.categories:
+            codes, values = one.table.categories[category]
+            of_products = np.append(codes.take(one.find(keys).slots), -1).astype(np.int32)
+            return of_products, values.tolist()
+    return np.full(len(keys) + 1, -1, np.int32), [None]
+
+
+def _pairs(lookup: SnapshotLookup, values: Sequence[str | None]) -> Pairs:
+    slots = np.full((len(values), len(values)), -1, np.int32)
+    for page, name in enumerate(values):
+        if name is not None:
+            keys = [None if ad is None else f"{name}|{ad}" for ad in values]
+            slots[page] = lookup.find(keys).slots
+    event_us = lookup.table.event_us.copy()
+    event_us[-1] = NEVER_US
+    return Pairs(lookup.wanted, lookup.table, slots, event_us)

@@ -1,0 +1,87 @@
+"""What every product of a snapshot adds to the head's first layer, computed before anybody asks.
+
+A request then gathers a row for each ad and adds the page's: numbers, categories and the vector of
+the text are all in it. Made in the background for each bundle and snapshot. The same numbers as
+``RequestScorer`` finds from the feature tables, to within rounding.
+
+Shape suffixes: P products, S pairs of categories, V width of the first layer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from driftline.features.online_catalogue import Catalogue
+from driftline.features.online_views import Found
+from driftline.platform.scorer import Scorer
+from driftline.serving.head_shares import CategoryRows, Float32, Side
+
+CHUNK: Final = 2_048
+"""Products folded at once: requests get their turn in between."""
+
+
+@dataclass(frozen=True)
+class FoldedCatalogue:
+    """Shares of the first layer, by place in a catalogue; the last is that of no product."""
+
+    page: Float32
+    """``[P + 1, V]``"""
+    ad: Float32
+    """With what the ad's category adds. ``[P + 1, V]``."""
+    pair: Float32 | None
+    """By slot of the view of pairs. ``[S + 1, V]``."""
+    uncached: NDArray[np.bool_]
+    """Whether a product has a text without a cached vector. ``[P + 1]``."""
+
+    @classmethod
+    def of(
+        cls,
+        catalogue: Catalogue,
+        scorer: Scorer,
+        rows: CategoryRows,
+        sides: Mapping[str, Side],
+        *,
+        max_bytes: int,
+    ) -> Self | None:
+        """Fold a catalogue; ``None`` where that would take more than ``max_bytes``."""
+        pairs = catalogue.pairs
+        num, width = len(catalogue) + 1, len(scorer.fused.bias)
+        num_pairs = 0 if pairs is None else len(pairs.table.event_us)
+        if (2 * num + num_pairs) * width * 4 > max_bytes:
+            return None
+        page, ad = (np.empty((num, width), np.float32) for _ in range(2))
+        uncached = np.empty(num, bool)
+        for first in range(0, num, CHUNK):
+            part = slice(first, first + CHUNK)
+            slots = catalogue.slots[part].astype(np.int64)
+            found = {
+                wanted.view.name: Found(table, slots[:, place])
+                for place, (wanted, table) in enumerate(
+                    zip(catalogue.wanted, catalogue.tables, strict=True)
+                )
+            }
+            text_ids = text_ids_of(found, len(slots))
+            places = scorer.vectors.rows(text_ids)
+            uncached[part] = (places < 0) & (text_ids > 0)
+            page[part] = sides["page"].states(scorer, rows, found, num_rows=len(slots))
+            page[part] += scorer.projected.page[places]
+            ad[part] = sides["ad"].states(scorer, rows, found, num_rows=len(slots))
+            ad[part] += scorer.projected.ad[places]
+            if "ad_category" in sides:
+                ad[part] += sides["ad_category"].states(scorer, rows, found, num_rows=len(slots))
+        if pairs is None:
+            return cls(page, ad, None, uncached)
+        every = {pairs.wanted.view.name: Found(pairs.table, np.arange(num_pairs))}
+        pair = sides["category_pair"].states(scorer, rows, every, num_rows=num_pairs)
+        return cls(page, ad, pair, uncached)
+
+
+def text_ids_of(found: Mapping[str, Found], num: int) -> NDArray[np.int64]:
+    """Text of each product, 0 for none. ``[num]``."""
+    for one in found.values():
+        if one.table.text_id is not None:
+            return one.table.text_id.take(one.slots)
+    return np.zeros(num, np.int64)
