@@ -175,7 +175,7 @@ class Delivery:
             MissingArtefactError: none, or several, are called so.
         """
         versions = self._registry.versions()
-        found = [known for known in versions if _is_called(known, bundle)]
+        found = _called(versions, bundle)
         if len(found) == 1:
             return BundleRef(found[0].version, found[0].fingerprint, found[0].path)
         newest = [f"{known.version} ({known.fingerprint})" for known in versions[:5]]
@@ -262,7 +262,12 @@ def live_facts(workspace: Workspace) -> dict[str, Any]:
     }
 
 
-def _is_called(known: RegisteredBundle, name: str) -> bool:
+def _called(versions: Sequence[RegisteredBundle], name: str) -> list[RegisteredBundle]:
+    """The bundle of this version, or those whose fingerprint begins so: it may be all digits."""
     if name.isdecimal() and len(name) <= LONGEST_VERSION:
-        return known.version == int(name)
-    return len(name) >= SHORTEST_PREFIX and known.fingerprint.startswith(name)
+        found = [known for known in versions if known.version == int(name)]
+        if found:
+            return found
+    if len(name) < SHORTEST_PREFIX:
+        return []
+    return [known for known in versions if known.fingerprint.startswith(name)]

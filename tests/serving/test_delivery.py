@@ -144,6 +144,19 @@ def test_a_promoted_canary_leaves_the_traffic_and_others_stay(
     assert [ref.version for ref in traffic.shadows] == [3]
 
 
+def test_a_bundle_is_found_by_a_fingerprint_that_begins_with_digits_alone(
+    market: TinyMarket, delivery: Delivery, first: Bundle
+) -> None:
+    """One in 43 does; what a version is called comes first."""
+    registry = Registry(market.settings, Workspace.of(market.settings))
+    name = "3165378054fb8b44"
+    number = registry.register(first.path, fingerprint=name, lineage={}, metrics={})
+    for called in (name, name[:8], name[:4], str(number)):
+        assert (delivery.find(called).version, delivery.find(called).fingerprint) == (number, name)
+    with pytest.raises(MissingArtefactError, match="no version 316"):
+        delivery.find(name[:3])
+
+
 def test_rolling_back_goes_from_champion_to_champion_and_withdraws_the_canary(
     delivery: Delivery, bundles: Path
 ) -> None:
