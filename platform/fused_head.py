@@ -10,6 +10,7 @@ further layers.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -98,7 +99,9 @@ class FusedHead:
             first_rows=starts,
             numbers=np.ascontiguousarray(weight_VI[:, place : place + spec.num_numbers].T),
             bias=_array(first.bias),
-            further=tuple((_array(layer.weight).T, _array(layer.bias)) for layer in rest),
+            further=tuple(
+                (np.ascontiguousarray(_array(layer.weight).T), _array(layer.bias)) for layer in rest
+            ),
         )
 
     def logits(
@@ -130,10 +133,15 @@ class FusedHead:
         """From the output of the first layer, which is overwritten, to logits. ``[B, 2]``."""
         states = states_BV
         for weight_WX, bias_X in self.further:
-            np.maximum(states, 0, out=states)
+            np.maximum(states, self._zeros[: len(weight_WX)], out=states)
             states = states @ weight_WX
             states += bias_X
         return states
+
+    @cached_property
+    def _zeros(self) -> Float32:
+        """As wide as the widest layer: NumPy compares rows with a row faster than with a number."""
+        return np.zeros(max((len(weight) for weight, _ in self.further), default=0), np.float32)
 
 
 def _once(table_NV: Float32, rows_B: NDArray[np.integer[Any]]) -> Float32:
