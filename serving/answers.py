@@ -1,13 +1,14 @@
 """What is known once a request is answered: for the client, the decision log, the metrics."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from driftline.features.online import OnlineRead
 from driftline.serving.rollout.routes import Arm, LiveBundle
 from driftline.serving.transport.requests import RefusedRequestError, ScoreRequest
 
@@ -31,8 +32,8 @@ class Answer:
     """Why the page was not scored as usual."""
     ad_fallbacks: Mapping[int, str]
     """The same for ads, by their place in the request."""
-    columns: Callable[[], Mapping[str, NDArray[Any]]]
-    """The served feature values, a frame's columns; put together when first asked for."""
+    read: OnlineRead
+    """The served feature values."""
     stages: dict[str, float]
     """Seconds by stage: ``parse``, ``features``, ``fuse``; and before observers are told, where a
     server answers, ``wait``, ``write`` and ``total``."""

@@ -280,7 +280,7 @@ class BundleService:
             tiers=read.tiers,
             page_fallback=page,
             ad_fallbacks=ads,
-            columns=lambda: read.columns,
+            read=read,
             stages={
                 "parse": parse_seconds,
                 "features": have_read - started,

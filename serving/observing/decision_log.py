@@ -1,28 +1,26 @@
 """What was answered, kept for the next training log, the skew check and the curious.
 
 An observer: on the request's thread it decides by a hash whether a request is kept, and puts a
-reference to the answer into a bounded queue. Everything else happens on the writer's thread, which
-takes a breath after each request, because whoever holds the interpreter's lock makes the event loop
-wait. What does not fit in the queue is dropped and counted.
+reference to the answer into a bounded queue. Everything else happens on the writer's thread, for
+many answers at once, and with a breath whenever it held the interpreter's lock for long, because
+the event loop waits for it. What does not fit in the queue is dropped and counted.
 """
 
 import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import asdict
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
-from driftline.features.decisions import AGE, SERVED, STALE, decision_schema
-from driftline.features.views import NO_TEXT
+from driftline.features.decisions import decision_schema
 from driftline.platform.settings import DriftlineSettings
+from driftline.platform.windows import HOUR, floor_time
 from driftline.platform.workspace import Workspace
+from driftline.serving.observing.decision_rows import Decision, DecisionRows
 from driftline.serving.observing.decision_writer import DecisionWriter
 from driftline.serving.observing.repeating import Repeating
 from driftline.serving.transport.requests import RefusedRequestError
@@ -32,17 +30,11 @@ logger = logging.getLogger(__name__)
 if TYPE_CHECKING:
     from driftline.serving.answers import Answer
 
-POLL_SECONDS: Final = 0.05
+POLL_SECONDS: Final = 0.2
+ROWS_AT_ONCE: Final = 10_000
+HOLD_SECONDS: Final = 0.000_3
 BREATH_SECONDS: Final = 0.000_2
 SPACE: Final = 1 << 32
-
-
-class Decision(NamedTuple):
-    """An answer that waits to become rows."""
-
-    answer: "Answer"
-    answered_at: float
-    """Wall time, seconds since the epoch."""
 
 
 class DecisionLog:
@@ -66,6 +58,8 @@ class DecisionLog:
             Workspace.of(settings).decisions, replica=replica, settings=own
         )
         self._schemas: dict[str, pa.Schema] = {}
+        self._rows = DecisionRows(replica=replica, breathe=self._breathe)
+        self._breathed_at = 0.0
         self._queue: deque[Decision] = deque()
         self._rows_put = 0  # counted by the request's thread only
         self._rows_taken = 0  # counted by the writer's thread only
@@ -105,11 +99,8 @@ class DecisionLog:
     def drain(self) -> None:
         """Turn what waits into rows, and write if it is time; on the writer's thread."""
         while self._queue:
-            decision = self._queue.popleft()
-            self._rows_taken += len(decision.answer.request.ads)
-            batch = decision_batch(decision, self._schema(decision.answer), replica=self._replica)
-            self._writer.add(decision.answer.now, batch)
-            time.sleep(BREATH_SECONDS)
+            for (hour, kind), decisions in self._take().items():
+                self._writer.add(hour, self._rows.batch(decisions, self._schema(kind)))
         self._writer.flush_if_due()
 
     def status(self) -> dict[str, Any]:
@@ -128,8 +119,29 @@ class DecisionLog:
     def _num_waiting(self) -> int:
         return self._writer.counts.rows_waiting + self._rows_put - self._rows_taken
 
-    def _schema(self, answer: "Answer") -> pa.Schema:
-        kind = answer.live.prepared.bundle.contract["key_type"]
+    def _take(self) -> dict[tuple[datetime, str], list[Decision]]:
+        """The oldest of those that wait, by hour of event time and type of the products."""
+        taken: dict[tuple[datetime, str], list[Decision]] = {}
+        num_rows = 0
+        while self._queue and num_rows < ROWS_AT_ONCE:
+            decision = self._queue.popleft()
+            answer = decision.answer
+            num_rows += len(answer.request.ads)
+            hour, kind = (
+                floor_time(answer.now, HOUR),
+                answer.live.prepared.bundle.contract["key_type"],
+            )
+            taken.setdefault((hour, kind), []).append(decision)
+        self._rows_taken += num_rows
+        return taken
+
+    def _breathe(self) -> None:
+        """Let requests have the interpreter, if it was held for long."""
+        if time.perf_counter() - self._breathed_at > HOLD_SECONDS:
+            time.sleep(BREATH_SECONDS)
+            self._breathed_at = time.perf_counter()
+
+    def _schema(self, kind: str) -> pa.Schema:
         if kind not in self._schemas:
             key = pa.int64() if kind == "int64" else pa.string()
             self._schemas[kind] = decision_schema(self._settings, key=key)
@@ -146,63 +158,3 @@ def is_sampled(request_id: str, rate: float) -> bool:
         return rate >= 1
     digest = hashlib.blake2b(request_id.encode(), digest_size=4, person=b"decision-log").digest()
     return int.from_bytes(digest) < rate * SPACE
-
-
-def decision_batch(decision: Decision, schema: pa.Schema, *, replica: str) -> pa.RecordBatch:
-    """The rows of one answer, one for each ad. ``[B]``."""
-    answer, request_id = decision.answer, decision.answer.request_id
-    request, num = answer.request, len(answer.request.ads)
-    served = answer.columns()
-    same: dict[str, Any] = {
-        "event_time": answer.now,
-        "page_product_id": request.page,
-        **request.context,
-        "request_id": request_id,
-        "bundle": answer.live.fingerprint,
-        "version": answer.live.version,
-        "arm": answer.live.arm,
-        "experiment": answer.live.experiment,
-        "request_key": request.request_key,
-        "form": answer.form,
-        "replica": replica,
-        "answered_at": datetime.fromtimestamp(decision.answered_at, UTC),
-        "features_as_of": answer.features_as_of,
-        "latency_ms": 1e3 * latency_seconds(answer.stages),
-        "page_fallback": answer.page_fallback,
-    }
-    for tier, (age, stale) in answer.tiers.items():
-        same[f"{AGE}{tier}"] = None if np.isnan(age) else age
-        same[f"{STALE}{tier}"] = stale
-    own: dict[str, Any] = {
-        "impression_id": [f"{request_id}:{place}" for place in range(num)],
-        "ad_product_id": list(request.ads),
-        "position": np.arange(num, dtype=np.int32),
-        "probability": answer.probabilities,
-        "ad_fallback": [answer.ad_fallbacks.get(place) for place in range(num)],
-    }
-    arrays = [
-        pa.array(own[field.name], field.type)
-        if field.name in own
-        else _served(served[field.name.removeprefix(SERVED)], field.type)
-        if field.name.startswith(SERVED)
-        else _repeated(same.get(field.name), field.type, num)
-        for field in schema
-    ]
-    return pa.RecordBatch.from_arrays(arrays, schema=schema)
-
-
-def latency_seconds(stages: Mapping[str, float]) -> float:
-    """Time that an answer took in the replica: the stage ``total``, else the sum of all stages."""
-    total = stages.get("total")
-    return sum(stages.values()) if total is None else total
-
-
-def _repeated(value: Any, kind: pa.DataType, num: int) -> pa.Array:
-    return pa.nulls(num, kind) if value is None else pa.repeat(pa.scalar(value, kind), num)
-
-
-def _served(values: NDArray[Any], kind: pa.DataType) -> pa.Array:
-    """A frame's column as a request has it: NaN, ``None`` and text id 0 stand for missing."""
-    if pa.types.is_integer(kind):
-        return pa.array(values, kind, mask=values == NO_TEXT)
-    return pa.array(values, kind, from_pandas=True)

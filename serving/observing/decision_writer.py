@@ -80,7 +80,7 @@ class DecisionWriter:
         self._known_causes: set[str] = set()
 
     def add(self, event_time: datetime, batch: pa.RecordBatch) -> None:
-        """Take the rows of one request; the oldest waiting rows go when there is no room."""
+        """Take rows of one hour of event time; the oldest rows go when there is no room."""
         self._waiting.append((floor_time(event_time, HOUR), batch))
         self.counts.rows_waiting += batch.num_rows
         while self.counts.rows_waiting > self._settings.max_waiting_rows and self._waiting:

@@ -17,7 +17,7 @@ import orjson
 from driftline.platform.observation_settings import SlowRequestSettings
 from driftline.platform.windows import format_time
 from driftline.serving.observing.bounded_folder import bound_folder
-from driftline.serving.observing.decision_log import latency_seconds
+from driftline.serving.observing.decision_rows import latency_seconds
 from driftline.serving.observing.repeating import Repeating
 from driftline.serving.transport.requests import RefusedRequestError
 

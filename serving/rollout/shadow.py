@@ -157,7 +157,7 @@ class ShadowScorer:
     def _score(self, answer: Answer, live: LiveBundle, agreement: Agreement) -> None:
         started = time.perf_counter()
         try:
-            found_B = live.prepared.scorer.score(answer.columns())
+            found_B = live.prepared.scorer.score(answer.read.columns)
             if not np.isfinite(found_B).all():
                 raise ValueError(f"bundle {live.fingerprint} answers {found_B}")
         except UNUSABLE as error:

@@ -312,6 +312,24 @@ def test_requests_without_an_id_get_one_that_no_other_has_and_the_answer_tells_i
     )
 
 
+def test_hours_that_come_mixed_are_kept_apart(
+    logged: tuple[TinyMarket, DecisionLog, BundleService],
+) -> None:
+    market, log, service = logged
+    hours = [4, 5, 4, 6, 5, 4]
+    for number, hour in enumerate(hours):
+        time, name = (AS_OF + hour * HOUR).isoformat(), f"view-{number}"
+        request = {"page_product_id": UNKNOWN, "ad_product_ids": [1], "time": time}
+        ask(service, {**request, "request_id": name})
+    log.close()
+
+    folder = Workspace.of(market.settings).decisions
+    for hour in set(hours):
+        (path,) = (folder / f"{AS_OF + hour * HOUR:%Y-%m-%dT%H}").glob("*.parquet")
+        found = pq.read_table(path)["request_id"].to_pylist()
+        assert found == [f"view-{n}" for n, asked in enumerate(hours) if asked == hour]
+
+
 def test_the_clock_of_the_log_is_event_time(
     logged: tuple[TinyMarket, DecisionLog, BundleService],
 ) -> None:

@@ -87,7 +87,7 @@ def test_figures_are_those_of_scoring_everything_twice(
     moved, ranked, other_top = [], [], []
     for answer in answers:
         ours = answer.probabilities
-        theirs = shadow.prepared.scorer.score(answer.columns())
+        theirs = shadow.prepared.scorer.score(answer.read.columns)
         pairs = zip(np.log(ours / (1 - ours)), np.log(theirs / (1 - theirs)), strict=True)
         moved += [abs(a - b) for a, b in pairs]
         if len(ours) > 1:
