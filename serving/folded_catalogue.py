@@ -4,7 +4,7 @@ A request then gathers a row for each ad and adds the page's: numbers, categorie
 the text are all in it. Made in the background for each bundle and snapshot. The same numbers as
 ``RequestScorer`` finds from the feature tables, to within rounding.
 
-Shape suffixes: P products, S pairs of categories, V width of the first layer.
+Shape suffixes: B ads, P products, S pairs of categories, V width of the first layer.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from typing import Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from driftline.features.online_catalogue import Catalogue
+from driftline.features.online_catalogue import Catalogue, Places
 from driftline.features.online_views import Found
 from driftline.platform.scorer import Scorer
 from driftline.serving.head_shares import CategoryRows, Float32, Side
@@ -77,6 +77,15 @@ class FoldedCatalogue:
         every = {pairs.wanted.view.name: Found(pairs.table, np.arange(num_pairs))}
         pair = sides["category_pair"].states(scorer, rows, every, num_rows=num_pairs)
         return cls(page, ad, pair, uncached)
+
+    def states(self, places: Places) -> tuple[Float32, NDArray[np.bool_]]:
+        """Share of page and ads ``[B, V]``; which texts are not cached ``[B + 1]``."""
+        rows = places.rows
+        states_BV = self.ad.take(rows[1:], axis=0)
+        states_BV += self.page[rows[0]]
+        if self.pair is not None and places.pair_slots is not None:
+            states_BV += self.pair.take(places.pair_slots, axis=0)
+        return states_BV, self.uncached.take(rows)
 
 
 def text_ids_of(found: Mapping[str, Found], num: int) -> NDArray[np.int64]:

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from driftline.features.online_catalogue import Catalogue, Places
+from driftline.features.online_catalogue import Catalogue
 from driftline.features.online_read import OnlineRead, aliases
 from driftline.features.online_views import Found, OnlineVersion, Wanted
 from driftline.platform.scorer import Scorer
@@ -68,19 +68,34 @@ class RequestScorer:
 
     def score(self, read: OnlineRead) -> RequestScore:
         """Score the page and ads of a read."""
-        places = read.places
-        folded = None if places is None else self._folded.get(places.catalogue)
-        if places is None or folded is None:
-            states_BV, uncached = self._from_tables(read)
-        else:
-            states_BV, uncached = _gathered(folded, places)
-        states_BV += self._impression_of(read).state(self.scorer, self._rows, read.context)
-        logits_B2 = self.scorer.fused.finish(states_BV).astype(np.float64)
+        logits_B2, uncached = self.logits(read)
+        logits_B2 = logits_B2.astype(np.float64)
         return RequestScore(
             probabilities=self.scorer.calibration.probabilities(logits_B2[:, 1] - logits_B2[:, 0]),
             page_uncached=bool(uncached[0]),
             ads_uncached=uncached[1:],
         )
+
+    def logits(self, read: OnlineRead) -> tuple[Float32, NDArray[np.bool_]]:
+        """Of no click and click ``[B, 2]``; and which texts are not cached ``[B + 1]``."""
+        places = read.places
+        folded = None if places is None else self._folded.get(places.catalogue)
+        if places is None or folded is None:
+            states_BV, uncached = self._from_tables(read)
+        else:
+            states_BV, uncached = folded.states(places)
+        states_BV += self.impression(read)
+        return self.scorer.fused.finish(states_BV), uncached
+
+    def impression(self, read: OnlineRead) -> Float32:
+        """What the impression itself adds to the first layer, and its bias. ``[V]``."""
+        if self._impression is None:
+            self._impression = Impression.of(self.scorer, list(read.context_kinds))
+        return self._impression.state(self.scorer, self._rows, read.context)
+
+    def folded(self, catalogue: Catalogue) -> FoldedCatalogue | None:
+        """What was folded of a catalogue, if it was."""
+        return self._folded.get(catalogue)
 
     def _from_tables(self, read: OnlineRead) -> tuple[Float32, NDArray[np.bool_]]:
         """Share of all but the impression ``[B, V]``; which texts are not cached ``[B + 1]``."""
@@ -119,18 +134,3 @@ class RequestScorer:
                 by_alias.setdefault(alias, []).append(wanted)
         self._sides = {name: Side.of(self.scorer, name, of) for name, of in by_alias.items()}
         return self._sides
-
-    def _impression_of(self, read: OnlineRead) -> Impression:
-        if self._impression is None:
-            self._impression = Impression.of(self.scorer, list(read.context_kinds))
-        return self._impression
-
-
-def _gathered(folded: FoldedCatalogue, places: Places) -> tuple[Float32, NDArray[np.bool_]]:
-    """The same from what was folded."""
-    rows = places.rows
-    states_BV = folded.ad.take(rows[1:], axis=0)
-    states_BV += folded.page[rows[0]]
-    if folded.pair is not None and places.pair_slots is not None:
-        states_BV += folded.pair.take(places.pair_slots, axis=0)
-    return states_BV, folded.uncached.take(rows)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tests.benchmarks.rig.market import BenchMarket
 
 from driftline.features.online import OnlineFeatures
+from driftline.features.online_read import OnlineRead
 from driftline.platform.bundle import VectorCache
 from driftline.platform.columns import head_columns
 from driftline.platform.fused_head import FusedHead, Projected
@@ -24,10 +25,11 @@ from driftline.platform.models.spec import HeadOnlySpec
 from driftline.platform.models.student import HeadOnly
 from driftline.platform.scorer import Scorer
 from driftline.serving.prepared import PreparedBundle
+from driftline.serving.request_scorer import RequestScorer
 
 Array = NDArray[Any]
 TOLERANCE = 1e-4
-OURS = "NumPy, folded, page side once"
+OURS = "NumPy, products folded"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Inputs:
     """The same for what all ads of a request share: the page and the impression. One row."""
     ads: "Side"
     """The same for the rest."""
+    read: OnlineRead
+    """The request as the server sees it."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +89,16 @@ class Candidate:
     note: str = ""
 
 
-def requests_of(market: BenchMarket, scorer: Scorer, *, num_ads: int, number: int) -> list[Inputs]:
+def requests_of(
+    market: BenchMarket, features: OnlineFeatures, scorer: Scorer, *, num_ads: int, number: int
+) -> list[Inputs]:
     """Inputs of requests of the market."""
-    features = OnlineFeatures.open(market.settings)
     now = features.as_of
     assert now is not None
     found, split = [], Split.of(scorer, market)
     for one in market.asked(num_ads, number):
-        columns = features.read(one.page, one.ads, context=one.context, now=now).columns
+        read = features.read(one.page, one.ads, context=one.context, now=now)
+        columns = read.columns
         categories, numbers = scorer.tabular.encode(columns)
         page = Side(
             categories[:1, split.page_categories],
@@ -102,7 +108,7 @@ def requests_of(market: BenchMarket, scorer: Scorer, *, num_ads: int, number: in
             categories[:, split.ad_categories],
             np.ascontiguousarray(numbers[:, split.ad_numbers]),
         )
-        found.append(Inputs(scorer.text_rows(columns), categories, numbers, page, ads))
+        found.append(Inputs(scorer.text_rows(columns), categories, numbers, page, ads, read))
     return found
 
 
@@ -119,9 +125,12 @@ def head_of(scorer: Scorer, hidden_sizes: Sequence[int]) -> HeadOnly:
 
 
 def candidates(
-    head: HeadOnly, cache: VectorCache, *, split: Split, published: Projected | None
+    scorer: Scorer, features: OnlineFeatures, *, split: Split, published: Projected | None
 ) -> list[Candidate]:
     """Ours first, then ours with one thing left out, then peers."""
+    head, cache = scorer.head, scorer.vectors
+    requests = RequestScorer(scorer, max_folded_bytes=10**9)
+    requests.prepare(features.version)
     fused = FusedHead.of(head)
     mapped = published or Projected.of(head, cache.page, cache.ad)
     parts = Unfolded.of(head, cache)
@@ -149,6 +158,9 @@ def candidates(
         return fused.finish(states)
 
     def ours(inputs: Inputs) -> Array:
+        return requests.logits(inputs.read)[0]
+
+    def per_request(inputs: Inputs) -> Array:
         return fuse(inputs, mapped.page[inputs.rows[:1, 0]], mapped.ad[inputs.rows[:, 1]])
 
     def unfolded_categories(inputs: Inputs) -> Array:
@@ -174,11 +186,12 @@ def candidates(
     ad_category_weight = parts.category_weight[split.ad_categories].reshape(-1, len(fused.bias))
     return [
         Candidate(OURS, ours, "ours"),
+        Candidate("NumPy, products not folded", per_request, "ablation"),
         Candidate("NumPy, page side per ad", page_per_ad, "ablation"),
         Candidate("NumPy, vectors not projected", unprojected, "ablation"),
         Candidate("NumPy, categories not folded", unfolded_categories, "ablation"),
         Candidate("torch, as trained", parts.torch_logits, "peer"),
-        *onnx_candidates(fused, mapped, parts, split),
+        *onnx_candidates(requests, features, fused, mapped, parts, split),
     ]
 
 
@@ -237,16 +250,32 @@ class Unfolded:
 
 
 def onnx_candidates(
-    fused: FusedHead, mapped: Projected, parts: Unfolded, split: Split
+    requests: RequestScorer,
+    features: OnlineFeatures,
+    fused: FusedHead,
+    mapped: Projected,
+    parts: Unfolded,
+    split: Split,
 ) -> list[Candidate]:
     """The folded head and the head as trained in ONNX Runtime; none where that is not installed."""
     try:
-        from tests.benchmarks.rig.onnx_heads import apart_session, folded_session, trained_session
+        from tests.benchmarks.rig.onnx_heads import (
+            apart_session,
+            folded_session,
+            gathered_session,
+            trained_session,
+        )
     except ModuleNotFoundError:
         return []
 
     folded, trained = folded_session(fused, mapped), trained_session(parts)
     apart = apart_session(fused, mapped, split)
+    catalogue = features.version.catalogue
+    assert catalogue is not None
+    products = requests.folded(catalogue)
+    assert products is not None
+    gathered = gathered_session(fused, products)
+    last_product = len(catalogue)
     page_starts = fused.first_rows[split.page_categories]
     ad_starts = fused.first_rows[split.ad_categories]
     last_page, last = len(mapped.page) - 1, len(mapped.ad) - 1
@@ -257,6 +286,17 @@ def onnx_candidates(
         return np.where(rows_B2[:, 0] < 0, last_page, rows_B2[:, 0]), np.where(
             rows_B2[:, 1] < 0, last, rows_B2[:, 1]
         )
+
+    def by_gathered(inputs: Inputs) -> Array:
+        places = inputs.read.places
+        assert places is not None
+        found = np.where(places.rows < 0, last_product, places.rows)
+        feeds = {"page": found[:1], "ad": found[1:], "impression": requests.impression(inputs.read)}
+        if places.pair_slots is not None and products.pair is not None:
+            slots = places.pair_slots.astype(np.int64)
+            feeds["pair"] = np.where(slots < 0, len(products.pair) - 1, slots)
+        logits: Array = gathered.run(None, feeds)[0]
+        return logits
 
     def by_folded(inputs: Inputs) -> Array:
         page_B, ad_B = rows(inputs)
@@ -286,6 +326,7 @@ def onnx_candidates(
         return found
 
     return [
+        Candidate("ONNX Runtime, products folded", by_gathered, "peer"),
         Candidate("ONNX Runtime, folded, page side once", by_apart, "peer"),
         Candidate("ONNX Runtime, folded", by_folded, "peer"),
         Candidate("ONNX Runtime, as trained", by_trained, "peer"),
@@ -323,8 +364,8 @@ def request_milliseconds(
     market: BenchMarket, *, num_ads: int, rounds: int, repeats: int
 ) -> list[float]:
     """From looked-up features to probabilities as the server does it, normalisation included."""
-    prepared = PreparedBundle.of(market.bundles[0], market.settings)
     features = OnlineFeatures.open(market.settings)
+    prepared = PreparedBundle.of(market.bundles[0], market.settings, version=features.version)
     now = features.as_of
     assert now is not None
     reads = [

@@ -10,8 +10,11 @@ from onnx import TensorProto, helper, numpy_helper
 from tests.benchmarks.rig.heads import Split, Unfolded
 
 from driftline.platform.fused_head import FusedHead, Projected
+from driftline.serving.folded_catalogue import FoldedCatalogue
 
 Array = NDArray[Any]
+Input = tuple[str, int, list[Any]]
+"""Name, type and shape."""
 
 
 class Graph:
@@ -38,26 +41,15 @@ class Graph:
             states = self.node("Gemm", [active, weight, bias], f"states{number}")
         return states
 
-    def session(self, sides: dict[str, tuple[int, int]], *, output: str) -> Any:
+    def session(self, further: list[Input], *, output: str) -> Any:
         """A session on one thread, all optimisations on.
 
         Args:
-            sides: Number of categories and of numbers by the prefix of their inputs.
+            further: Inputs beside the rows of page and ads.
             output: Name of the logits.
         """
-        inputs = [
-            helper.make_tensor_value_info("page", TensorProto.INT64, ["P"]),
-            helper.make_tensor_value_info("ad", TensorProto.INT64, ["B"]),
-        ]
-        for prefix, (places, numbers) in sides.items():
-            wanted = [
-                (f"{prefix}places", TensorProto.INT64, places),
-                (f"{prefix}numbers", TensorProto.FLOAT, numbers),
-            ]
-            inputs += [
-                helper.make_tensor_value_info(name, kind, [f"{prefix}B", width])
-                for name, kind, width in wanted
-            ]
+        rows: list[Input] = [("page", TensorProto.INT64, ["P"]), ("ad", TensorProto.INT64, ["B"])]
+        inputs = [helper.make_tensor_value_info(*wanted) for wanted in (*rows, *further)]
         outputs = [helper.make_tensor_value_info(output, TensorProto.FLOAT, ["B", 2])]
         graph = helper.make_graph(self.nodes, "head", inputs, outputs, self.constants)
         opset = [helper.make_opsetid("", 17)]
@@ -69,6 +61,31 @@ class Graph:
         return onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
+
+
+def sides(widths: dict[str, tuple[int, int]]) -> list[Input]:
+    """Inputs for places of categories and numbers, whose widths are given by prefix."""
+    found: list[Input] = []
+    for prefix, (places, numbers) in widths.items():
+        found.append((f"{prefix}places", TensorProto.INT64, [f"{prefix}B", places]))
+        found.append((f"{prefix}numbers", TensorProto.FLOAT, [f"{prefix}B", numbers]))
+    return found
+
+
+def gathered_session(fused: FusedHead, products: FoldedCatalogue) -> Any:
+    """The same arithmetic as our server's, from the same tables."""
+    graph = Graph()
+    page = graph.node("Gather", [graph.constant("P", products.page), "page"], "page_1V")
+    ad = graph.node("Gather", [graph.constant("A", products.ad), "ad"], "ad_BV")
+    shared = graph.node("Add", [page, "impression"], "shared_1V")
+    parts = [ad, shared]
+    width = len(fused.bias)
+    inputs: list[Input] = [("impression", TensorProto.FLOAT, [width])]
+    if products.pair is not None:
+        parts.append(graph.node("Gather", [graph.constant("Q", products.pair), "pair"], "pair_BV"))
+        inputs.append(("pair", TensorProto.INT64, ["B"]))
+    output = graph.layers(graph.node("Sum", parts, "states"), list(fused.further))
+    return graph.session(inputs, output=output)
 
 
 def folded_session(fused: FusedHead, mapped: Projected) -> Any:
@@ -84,8 +101,8 @@ def folded_session(fused: FusedHead, mapped: Projected) -> Any:
     categories = graph.node("ReduceSum", [gathered, axis], "categories_BV", keepdims=0)
     states = graph.node("Sum", [ad, page, numbers, categories], "states")
     output = graph.layers(states, list(fused.further))
-    sides = {"": (len(fused.first_rows), len(fused.numbers))}
-    return graph.session(sides, output=output)
+    widths = {"": (len(fused.first_rows), len(fused.numbers))}
+    return graph.session(sides(widths), output=output)
 
 
 def apart_session(fused: FusedHead, mapped: Projected, split: Split) -> Any:
@@ -106,11 +123,11 @@ def apart_session(fused: FusedHead, mapped: Projected, split: Split) -> Any:
     shared = graph.node("Sum", [*sums["page_"], page, bias], "shared_1V")
     states = graph.node("Sum", [*sums["ad_"], ad, shared], "states")
     output = graph.layers(states, list(fused.further))
-    sides = {
+    widths = {
         "page_": (len(split.page_categories), len(split.page_numbers)),
         "ad_": (len(split.ad_categories), len(split.ad_numbers)),
     }
-    return graph.session(sides, output=output)
+    return graph.session(sides(widths), output=output)
 
 
 def trained_session(parts: Unfolded) -> Any:
@@ -130,5 +147,5 @@ def trained_session(parts: Unfolded) -> Any:
     first = [graph.constant("W", weights[0][0]), graph.constant("bias", weights[0][1])]
     states = graph.node("Gemm", [fused, *first], "states")
     output = graph.layers(states, weights[1:])
-    sides = {"": (len(spec.cardinalities), spec.num_numbers)}
-    return graph.session(sides, output=output)
+    widths = {"": (len(spec.cardinalities), spec.num_numbers)}
+    return graph.session(sides(widths), output=output)
