@@ -3,7 +3,7 @@
 Shape suffixes: K requested keys, N keys of a snapshot, F numeric features.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -150,7 +150,7 @@ class SnapshotVersion:
 
 
 def _length(keys: Keys) -> int:
-    assert isinstance(keys, Sequence | np.ndarray)
+    assert isinstance(keys, Sized)
     return len(keys)
 
 

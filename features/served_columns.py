@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import pyarrow as pa
 
-from driftline.features.online import OnlineRead
+from driftline.features.online_read import OnlineRead
 from driftline.features.online_views import ViewTable
 from driftline.features.views import NO_TEXT, TEXT_ID
 from driftline.platform.columns import PRODUCT_ALIASES

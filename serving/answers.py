@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from driftline.features.online import OnlineRead
+from driftline.features.online_read import OnlineRead
 from driftline.serving.rollout.routes import Arm, LiveBundle
 from driftline.serving.transport.requests import RefusedRequestError, ScoreRequest
 

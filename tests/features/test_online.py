@@ -1,5 +1,6 @@
 """Online reads against the offline frame of the same rows and moments."""
 
+import shutil
 import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -19,6 +20,7 @@ from driftline.features.frame_files import read_frames
 from driftline.features.frames import build_frames
 from driftline.features.online import OnlineFeatures
 from driftline.features.online_views import SnapshotLookup, SnapshotVersion
+from driftline.features.paths import online_folder
 from driftline.features.store import apply, materialize, open_store
 from driftline.features.texts import write_product_sources
 from driftline.features.views import feature_views
@@ -316,6 +318,20 @@ def test_a_catalogue_finds_what_the_views_find(
     assert list(fast.columns) == list(slow.columns)
     for name, column in fast.columns.items():
         assert list(map(plain, column)) == list(map(plain, slow.columns[name])), name
+
+
+def test_a_view_that_was_never_materialised_is_empty(
+    market: DriftlineSettings, tmp_path: Path
+) -> None:
+    copied = market.model_copy(update={"workspace": tmp_path / "copy"})
+    shutil.copytree(market.workspace, copied.workspace)
+    shutil.rmtree(online_folder(copied) / "product_short")
+    features = OnlineFeatures.open(copied)
+    assert features.version.catalogue is not None
+    read = features.read("p0", ["p1", "nothing"], context={}, now=SPAN.end)
+    assert read.unknown_ads.tolist() == [False, True]
+    assert np.isnan(read.columns["ad__impressions_24h"]).all()
+    assert read.columns["ad__category"][0] is not None
 
 
 def test_refusing_is_no_other_feature_than_using(market: DriftlineSettings) -> None:
