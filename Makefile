@@ -18,8 +18,8 @@ mind: install  ## the same on MIND: make mind DATA=folder with behaviors.tsv and
 	@test -n "$(DATA)" || { echo "make mind needs DATA=folder with behaviors.tsv and news.tsv"; exit 2; }
 	$(BIN)/driftline run configs/mind.yaml --set source.path='$(DATA)'
 
-test: install
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile || $(BIN)/python -m pytest -q --last-failed --last-failed-no-failures none  # once more, alone: two cores are few
+test: install  ## the whole suite on two cores; prints what failed and why
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: install
 	$(BIN)/ruff check .
