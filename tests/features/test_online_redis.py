@@ -178,7 +178,7 @@ def test_while_redis_hangs_requests_go_on_without_features_and_soon_without_wait
 ) -> None:
     materialize(market, as_of=SPAN.end)
     slow = market.model_copy(
-        update={"store": market.store.model_copy(update={"redis_timeout_ms": 200.0})}
+        update={"store": market.store.model_copy(update={"redis_timeout_ms": 1_000.0})}
     )
     features = OnlineFeatures.open(slow)
     expected = read_columns(features, slow)

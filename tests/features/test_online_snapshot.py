@@ -173,6 +173,7 @@ def test_a_reader_sees_whole_versions_and_never_goes_back(tmp_path: Path) -> Non
     writer_of(folder).write(rows_with(0))
     stop = threading.Event()
     failures: list[str] = []
+    seen: set[float] = set()
 
     def read() -> None:
         reader, last = SnapshotReader(folder), -1.0
@@ -182,22 +183,20 @@ def test_a_reader_sees_whole_versions_and_never_goes_back(tmp_path: Path) -> Non
             values = snapshot.read(list(range(50)), ["clicks"]).column("clicks")
             if len(set(values.tolist())) != 1 or values[0] < last:
                 failures.append(f"{snapshot.version}: {values.tolist()} after {last}")
+            seen.add(values[0])
             last = values[0]
 
     threads = [threading.Thread(target=read) for _ in range(3)]
     for thread in threads:
         thread.start()
-    deadline = time.monotonic() + 3
-    for value in itertools.count(1):
+    for value in range(1, 100):
         # Large and small writes, so that bases and deltas both rotate under the readers.
         writer_of(folder).write(rows_with(value, products=50 if value % 7 else 1_500))
-        if time.monotonic() > deadline:
-            break
     stop.set()
     for thread in threads:
         thread.join()
     assert not failures
-    assert value > 50
+    assert len(seen) > 5
 
 
 WRITE_FOREVER = """
@@ -263,7 +262,7 @@ def test_writers_in_several_processes_lose_nothing(tmp_path: Path) -> None:
     processes = [start_writer(folder, first=first, products=1, times=40) for first in (0, 1, 2)]
     for process in processes:
         with process:
-            assert process.wait(timeout=60) == 0
+            assert process.wait(timeout=600) == 0
     snapshot = Snapshot.open(folder)
     assert snapshot.read([0, 1, 2]).column("clicks").tolist() == [39.0] * 3
     assert int(snapshot.version.split("-")[0]) == 120

@@ -473,7 +473,7 @@ def test_the_cadence_service_withdraws_by_itself_and_survives_damage(
         until.wait(0.1)
         traffic.write_text(kept)
         answered(market.settings, errors=60)
-        for _ in range(1_000):
+        for _ in range(6_000):
             if read_traffic(workspace.bundles).canary is None:
                 break
             until.wait(0.02)

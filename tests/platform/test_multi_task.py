@@ -301,7 +301,7 @@ def test_two_workers_learn_what_one_learns(
         subprocess.Popen([*arguments, str(rank), str(tmp_path / "meeting")], stdout=subprocess.PIPE)
         for rank in range(2)
     ]
-    answers = [json.loads(process.communicate(timeout=120)[0]) for process in running]
+    answers = [json.loads(process.communicate(timeout=600)[0]) for process in running]
     assert answers[0] == answers[1]
     assert len(answers[0]) == len(expected.history)
     weights = load_file(job.output)

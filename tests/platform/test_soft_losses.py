@@ -144,10 +144,15 @@ def test_kl_and_ce_have_the_same_gradient(rows: list[list[float]], temperature: 
     student, teacher = (torch.tensor([row], dtype=torch.float64) for row in rows)
     of_kl = gradient(lambda z: KlLoss().rows(z, teacher, temperature), student)
     of_ce = gradient(lambda z: CeLoss().rows(z, teacher, temperature), student)
-    of_reverse = gradient(lambda z: ReverseKlLoss().rows(z, teacher, temperature), student)
     assert torch.allclose(of_kl, of_ce, atol=1e-12)
-    far = bool((student.softmax(-1) - teacher.softmax(-1)).abs().max() > 0.5)
-    assert not far or not torch.allclose(of_kl, of_reverse, atol=1e-6)
+
+
+def test_kl_the_other_way_round_has_another_gradient() -> None:
+    there, back = (
+        gradient(lambda z, loss=loss: loss.rows(z, TEACHER, 2.0), STUDENT)  # type: ignore[misc]
+        for loss in (KlLoss(), ReverseKlLoss())
+    )
+    assert (there - back).abs().min() > 1e-3
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.kind)

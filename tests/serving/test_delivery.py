@@ -404,6 +404,7 @@ def test_a_change_whose_process_dies_is_written_down_as_failed(
     market: TinyMarket, http: Http, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("driftline.serving.rollout.admin.sys.executable", "/nowhere/python")
+    monkeypatch.setattr("driftline.serving.rollout.admin.WAIT_SECONDS", 60.0)  # else 202, if slow
     status, _, body = http("POST", "/v1/admin/rollback", b"{}")
     assert status == 503
     assert "the change failed" in body["error"]["message"]

@@ -197,7 +197,7 @@ def test_prometheus_finds_the_numbers_at_rays_agent(
         "ray_driftline_stage_seconds_count{": 'stage="total"',
         "ray_driftline_feature_age_seconds{": 'tier="short"',
     }
-    deadline, page = time.monotonic() + 60, ""
+    deadline, page = time.monotonic() + 120, ""
     try:
         while not all(name in page for name in wanted):
             assert time.monotonic() < deadline, page[-2000:]

@@ -45,7 +45,7 @@ def settings(market: TinyMarket, first: Bundle) -> Iterator[DriftlineSettings]:
 def server(settings: DriftlineSettings) -> Iterator[ServingHandle]:
     with start_serving(settings) as handle:
         with handle.client as client:
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 120
             while not client.ready():
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
@@ -77,7 +77,7 @@ def test_numbers_and_slow_requests_are_pages_of_the_server(
 def test_rays_agent_exports_the_replica(server: ServingHandle, settings: DriftlineSettings) -> None:
     targets = Workspace.of(settings).state / "prometheus-targets.json"
     wanted = "ray_driftline_bundle_info{"
-    deadline, page = time.monotonic() + 60, ""
+    deadline, page = time.monotonic() + 120, ""
     while wanted not in page:
         assert time.monotonic() < deadline
         time.sleep(0.5)

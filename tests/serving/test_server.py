@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def promote(market: TinyMarket, bundle: Bundle, server: ServingHandle) -> None:
     """Make a bundle champion and wait until the server answers with it."""
     market.promote(bundle)
     with server.client as client:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while client.status()["bundle"] != bundle.fingerprint:
             assert time.monotonic() < deadline, client.status()
             time.sleep(0.02)
@@ -63,7 +64,7 @@ def test_online_scores_over_http_equal_offline_scores(
     with server.client as client:
         for request in requests[:: len(requests) // 4]:
             done = materialize(market.settings, as_of=request.time)
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 120
             while client.status()["features"]["seconds_behind"] != 0 or (
                 client.status()["now"] < done.as_of.isoformat()[:19]
             ):
@@ -221,12 +222,14 @@ def test_a_client_that_breaks_off_does_no_harm(server: ServingHandle) -> None:
 
 def test_the_port_is_bound_to_loopback_only(server: ServingHandle) -> None:
     port = int(server.url.rsplit(":", 1)[1])
-    hosts = {
-        connection.laddr.ip
-        for process in family_members(server.family)
-        for connection in process.net_connections(kind="inet")
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
-    }
+    hosts = set()
+    for process in family_members(server.family):
+        with suppress(psutil.NoSuchProcess):  # Ray's workers come and go
+            hosts |= {
+                connection.laddr.ip
+                for connection in process.net_connections(kind="inet")
+                if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+            }
     assert hosts == {"127.0.0.1"}
 
 
@@ -235,12 +238,12 @@ def test_a_taken_port_is_refused_before_anything_starts(
 ) -> None:
     port = int(server.url.rsplit(":", 1)[1])
     serving = market.settings.serving.model_copy(update={"port": port})
-    started = time.monotonic()
+    before = psutil.Process().children()
 
     with pytest.raises(ResourceError, match=rf"serving.port: cannot listen on 127.0.0.1:{port}"):
         start_serving(market.settings.model_copy(update={"serving": serving}))
 
-    assert time.monotonic() - started < 1
+    assert psutil.Process().children() == before
 
 
 def test_stopping_leaves_nothing_behind(server: ServingHandle) -> None:

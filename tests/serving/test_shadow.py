@@ -173,7 +173,7 @@ def test_the_service_lets_a_shadow_of_the_traffic_file_score_its_answers(
         service.stop()
 
 
-def wait_until(true: Callable[[], bool], *, seconds: float = 20) -> None:
+def wait_until(true: Callable[[], bool], *, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline
