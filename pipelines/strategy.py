@@ -163,7 +163,7 @@ class StrategyRun:
         """Rows known before anything is trained."""
         strategy, laboratory = self.strategy, self.laboratory
         found: list[Rows] = []
-        if strategy.init.kind == "supervised":
+        if "supervised" in strategy.init.recipes:
             found += laboratory.click_rows("ood", max_rows=strategy.supervised.max_rows)
         if strategy.distil is not None:
             features = bool(strategy.objective.matches)

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from driftline.platform.text import Tokenizer
 
 
+Recipe = Literal["mlm", "supervised"]
+"""A stage of ``student.arms_refresh`` that comes before the distillation."""
+
+
 class Nursery(Protocol):
     """What an initialiser may use. Every stage is trained once, whoever asks for it."""
 
@@ -96,6 +100,14 @@ class Initialiser(Kind):
         """
         return False
 
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """Stages of the strategy by whose recipes ``weights`` trains; a search tunes no others.
+
+        ``pretrain`` and ``imitate`` go by ``mlm``, ``supervise`` by ``supervised``.
+        """
+        return ()
+
     def check(self, spec: "ModelSpec", teacher: "TeacherSpec | None" = None) -> None:
         """Make sure that this start fits the student, before anything is trained.
 
@@ -141,6 +153,11 @@ class MlmStart(Initialiser):
 
     kind: Literal["mlm"] = "mlm"
 
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """See ``Initialiser``."""
+        return ("mlm",)
+
     def weights(self, nursery: Nursery) -> tuple[Path, ...]:
         """Encoders only."""
         return (nursery.pretrain(),)
@@ -156,6 +173,11 @@ class SupervisedStart(Initialiser):
         """See ``Initialiser``."""
         return True
 
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """See ``Initialiser``."""
+        return ("supervised",)
+
     def weights(self, nursery: Nursery) -> tuple[Path, ...]:
         """Arms and head."""
         return (nursery.supervise(),)
@@ -165,6 +187,11 @@ class EmbeddingsStart(Initialiser):
     """Word-piece embeddings only, from a pre-trained one-layer model (papers.md S1.13b)."""
 
     kind: Literal["embeddings"] = "embeddings"
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """See ``Initialiser``."""
+        return ("mlm",)
 
     def check(self, spec: "ModelSpec", teacher: "TeacherSpec | None" = None) -> None:
         """See ``Initialiser``."""
@@ -187,6 +214,11 @@ class TruncationStart(Initialiser):
     kind: Literal["truncation"] = "truncation"
     num_layers: PositiveInt = 12
     """Depth of the deeper model; its width and vocabulary are the student's."""
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """See ``Initialiser``."""
+        return ("mlm",)
 
     def check(self, spec: "ModelSpec", teacher: "TeacherSpec | None" = None) -> None:
         """See ``Initialiser``."""
@@ -237,6 +269,11 @@ class LayersStart(Initialiser):
     @property
     def _depth(self) -> int:
         return self.num_layers or 12
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """See ``Initialiser``."""
+        return ("mlm",) if self.source == "deeper" else ()
 
     def check(self, spec: "ModelSpec", teacher: "TeacherSpec | None" = None) -> None:
         """See ``Initialiser``."""

@@ -185,15 +185,11 @@ class SearchSettings(Settings):
             for combination in self.combinations():
                 self.strategy(combination, base)
             return
-        stage = getattr(base, self.tuning.stage)
-        is_used = {
-            "mlm": base.init.kind != "random",
-            "supervised": base.init.kind == "supervised",
-            "self_training": base.self_training.enabled,
-        }
-        if stage is None or not is_used.get(self.tuning.stage, True):
+        trained = _trained_stages(base)
+        if self.tuning.stage not in trained:
             raise ValueError(
-                f"tuning.stage: student.arms_refresh has no stage {self.tuning.stage!r} to tune"
+                f"tuning.stage: student.arms_refresh with init {base.init.kind!r} has no stage "
+                f"{self.tuning.stage!r} to tune; it trains {', '.join(trained)}"
             )
         for end in (0, -1):
             self.tuned({name: _ends(part)[end] for name, part in self.tuning.space.items()}, base)
@@ -266,6 +262,14 @@ def _merged(raw: Overrides, part: Mapping[str, Any], *, defaults: Overrides) -> 
     elif "soft_weight" in part or "hard_weight" in part:
         merged["alpha"] = None
     return merged
+
+
+def _trained_stages(base: ArmsRefreshSettings) -> list[str]:
+    """Stages whose recipes the strategy follows, in order."""
+    later = [name for name in ("distil", "finetune", "head") if getattr(base, name) is not None]
+    if base.self_training.enabled:
+        later.insert(later.index("finetune") + 1, "self_training")
+    return [*base.init.recipes, *later]
 
 
 def _ends(part: Range | Choices) -> tuple[Any, ...]:

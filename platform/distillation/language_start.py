@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, Literal, Self
 from pydantic import PositiveInt, model_validator
 
 from driftline.platform.errors import SettingsError
-from driftline.platform.initialisers import Initialiser, Nursery, RandomStart
+from driftline.platform.initialisers import Initialiser, Nursery, RandomStart, Recipe
 from driftline.platform.objective_settings import ObjectiveSettings
 from driftline.platform.training_settings import StageSettings
 
@@ -59,6 +59,12 @@ class MlmDistilStart(Initialiser):
             )
         self.objective.check_task("tokens")
         return self
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """See ``Initialiser``."""
+        own: tuple[Recipe, ...] = ("mlm",) if self.stage is None or self.teacher == "deeper" else ()
+        return tuple(dict.fromkeys((*own, *self.start.recipes)))
 
     def check(self, spec: "ModelSpec", teacher: "TeacherSpec | None" = None) -> None:
         """See ``Initialiser``."""

@@ -25,3 +25,46 @@ def test_a_mapping_without_a_preset_changes_only_what_it_names() -> None:
     base = ArmsRefreshSettings(objective=ObjectiveSettings(alpha=0.9, temperature=3))
     found = tried({"objective": {"temperature": 5}}, base).objective
     assert (found.alpha, found.temperature) == (0.9, 5)
+
+
+def refusal(stage: str, init: object) -> str | None:
+    search = SearchSettings.model_validate({"method": "optuna", "tuning": {"stage": stage}})
+    try:
+        search.check(ArmsRefreshSettings.model_validate({"init": init}))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+DEEPER: dict[str, object] = {"kind": "layers", "layers": [1, 12]}
+MLM_DISTIL: dict[str, object] = {"kind": "mlm_distil"}
+
+
+@pytest.mark.parametrize(
+    ("init", "trained"),
+    [
+        ("random", ()),
+        ("mlm", ("mlm",)),
+        ("supervised", ("supervised",)),
+        ("embeddings", ("mlm",)),
+        ("truncation", ("mlm",)),
+        (DEEPER, ("mlm",)),
+        (DEEPER | {"source": "teacher"}, ()),
+        ({"kind": "checkpoint", "path": "weights.safetensors"}, ()),
+        ("dual_vocabulary", ()),  # has a recipe of its own
+        (MLM_DISTIL, ("mlm",)),
+        (MLM_DISTIL | {"stage": {}}, ()),
+        (MLM_DISTIL | {"stage": {}, "start": DEEPER}, ("mlm",)),
+        (MLM_DISTIL | {"stage": {}, "start": "supervised"}, ("supervised",)),
+    ],
+    ids=str,
+)
+def test_only_a_stage_that_the_start_trains_can_be_tuned(
+    init: object, trained: tuple[str, ...]
+) -> None:
+    for stage in ("mlm", "supervised"):
+        found = refusal(stage, init)
+        assert (found is None) == (stage in trained)
+        if found is not None:
+            assert f"has no stage {stage!r} to tune" in found
+            assert found.endswith("distil, finetune, self_training, head")
