@@ -83,8 +83,12 @@ def write_json(destination: Path, value: Mapping[str, Any]) -> None:
         scratch.write_text(json.dumps(value, indent=2, default=str) + "\n")
 
 
-def read_json(source: Path) -> dict[str, Any]:
+def read_json(source: Path, *, remedy: str = REMOVE) -> dict[str, Any]:
     """Read a JSON object.
+
+    Args:
+        source: The file.
+        remedy: What to do about a damaged one; the end of the message.
 
     Raises:
         ArtefactError: the file is no JSON, or holds another value.
@@ -92,10 +96,23 @@ def read_json(source: Path) -> dict[str, Any]:
     try:
         value = json.loads(source.read_text())
     except ValueError as error:
-        raise ArtefactError(f"{source} is no JSON ({error}); {REMOVE}") from error
+        raise ArtefactError(f"{source} is no JSON ({error}); {remedy}") from error
     if not isinstance(value, dict):
-        raise ArtefactError(f"{source} must hold a JSON object, got {value!r:.40}; {REMOVE}")
+        raise ArtefactError(f"{source} must hold a JSON object, got {value!r:.40}; {remedy}")
     return value
+
+
+@contextmanager
+def interpreting(source: Path, *, remedy: str) -> Iterator[None]:
+    """Say which file is damaged, and what to do, where its JSON does not hold what it should."""
+    try:
+        yield
+    except KeyError as error:
+        raise ArtefactError(f"{source} lacks {error}; {remedy}") from error
+    except (ValueError, TypeError) as error:
+        raise ArtefactError(f"{source} holds a value that means nothing ({error}); {remedy}") from (
+            error
+        )
 
 
 def hash_file(source: Path) -> str:

@@ -23,10 +23,10 @@ from typing import Any, Final, Literal
 
 from filelock import FileLock, Timeout
 
-from driftline.platform.artefacts import read_json, write_json
+from driftline.platform.artefacts import interpreting, read_json, write_json
 from driftline.platform.errors import (
+    ArtefactError,
     BundleError,
-    DriftlineError,
     MissingArtefactError,
     ResourceError,
     SettingsError,
@@ -45,8 +45,10 @@ CHALLENGER: Final = "challenger"
 POINTER: Final = "CHAMPION"
 LINEAGE: Final = "lineage."
 LOCK_SECONDS: Final = 120
-DAMAGED: Final = (DriftlineError, ValueError, LookupError, TypeError)
-"""What reading a pointer raises that someone edited."""
+DAMAGED: Final = (
+    "`driftline deploy CONFIG --bundle VERSION --champion` writes it anew; until then servers keep "
+    "the champion that they have"
+)
 MAX_BEFORE: Final = 20
 """Earlier champions that the pointer remembers."""
 
@@ -83,19 +85,24 @@ def read_champion(bundles: Path) -> ChampionPointer | None:
 
     Args:
         bundles: The folder of bundles, ``Workspace.bundles``.
+
+    Raises:
+        ArtefactError: the file is damaged.
     """
+    source = bundles / POINTER
     try:
-        pointer = read_json(bundles / POINTER)
+        pointer = read_json(source, remedy=DAMAGED)
     except FileNotFoundError:
         return None
-    moment = pointer["promoted_at"]
-    return ChampionPointer(
-        version=pointer["version"],
-        fingerprint=pointer["fingerprint"],
-        path=(bundles / pointer["bundle"]).resolve(),
-        promoted_at=parse_time(moment) if moment else None,
-        before=tuple(pointer.get("before", ())),
-    )
+    with interpreting(source, remedy=DAMAGED):
+        moment = pointer["promoted_at"]
+        return ChampionPointer(
+            version=pointer["version"],
+            fingerprint=pointer["fingerprint"],
+            path=(bundles / pointer["bundle"]).resolve(),
+            promoted_at=parse_time(moment) if moment else None,
+            before=tuple(pointer.get("before", ())),
+        )
 
 
 @dataclass
@@ -211,7 +218,7 @@ class Registry:
             before = None
             try:
                 before = read_traffic(self.workspace.bundles)
-            except DAMAGED as error:
+            except ArtefactError as error:
                 logger.warning("%s is damaged and will be replaced: %s", TRAFFIC, error)
             change = TrafficChange(before or Traffic())
             yield change
@@ -412,7 +419,7 @@ class Registry:
         """Champions before this one; rolling back forgets those that it passes over."""
         try:
             now = read_champion(self.workspace.bundles)
-        except DAMAGED as error:
+        except ArtefactError as error:
             logger.warning("%s is damaged and will be replaced: %s", POINTER, error)
             now = None
         if now is None:

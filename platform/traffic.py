@@ -12,10 +12,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-from driftline.platform.artefacts import read_json, write_json
+from driftline.platform.artefacts import interpreting, read_json, write_json
 from driftline.platform.windows import format_time, parse_time
 
 TRAFFIC: Final = "TRAFFIC"
+DAMAGED: Final = (
+    "`driftline traffic CONFIG --stop` writes it anew, for the champion alone; until then servers "
+    "keep the routes that they have"
+)
 MAX_SHADOWS: Final = 3
 """Each shadow scores every request once more."""
 
@@ -94,20 +98,21 @@ def read_traffic(bundles: Path) -> Traffic:
         bundles: The folder of bundles, ``Workspace.bundles``.
 
     Raises:
-        ValueError: not JSON, or a share or time that means nothing.
-        KeyError: something is missing in it.
+        ArtefactError: not JSON, or something is missing in it or means nothing.
     """
+    source = bundles / TRAFFIC
     try:
-        raw = read_json(bundles / TRAFFIC)
+        raw = read_json(source, remedy=DAMAGED)
     except FileNotFoundError:
         return Traffic()
-    changed_at = raw["changed_at"]
-    return Traffic(
-        canary=None if raw["canary"] is None else _canary(raw["canary"], bundles),
-        shadows=tuple(_ref(entry, bundles) for entry in raw["shadow"]),
-        changed_at=None if changed_at is None else parse_time(changed_at),
-        by=raw["by"],
-    )
+    with interpreting(source, remedy=DAMAGED):
+        changed_at = raw["changed_at"]
+        return Traffic(
+            canary=None if raw["canary"] is None else _canary(raw["canary"], bundles),
+            shadows=tuple(_ref(entry, bundles) for entry in raw["shadow"]),
+            changed_at=None if changed_at is None else parse_time(changed_at),
+            by=raw["by"],
+        )
 
 
 def write_traffic(bundles: Path, traffic: Traffic) -> None:
@@ -142,7 +147,7 @@ def _ref(raw: Mapping[str, Any], bundles: Path) -> BundleRef:
 def _canary(raw: Mapping[str, Any], bundles: Path) -> Canary:
     share = float(raw["share"])
     if not 0 < share < 1:
-        raise ValueError(f"{TRAFFIC}: the canary's share must lie between 0 and 1, got {share}")
+        raise ValueError(f"the canary's share must lie between 0 and 1, got {share}")
     return Canary(
         bundle=_ref(raw, bundles),
         share=share,

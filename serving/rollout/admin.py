@@ -21,6 +21,7 @@ from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, Valid
 from pydantic import model_validator as check
 
 from driftline.platform.data_settings import Settings
+from driftline.platform.errors import ArtefactError
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.workspace import Workspace
 from driftline.serving.rollout.admin_token import check_token, make_token, token_path
@@ -200,7 +201,11 @@ class AdminFace:
     def _routes(self) -> dict[str, Any]:
         status = self._status()
         here = {name: status[name] for name in ("replica", "routes", "shadows", "last_refusal")}
-        return {"live": live_facts(Workspace.of(self._settings)), "here": here}
+        try:
+            live = live_facts(Workspace.of(self._settings))
+        except ArtefactError as error:
+            raise refuse(str(error), status=503, code="damaged_pointer") from None
+        return {"live": live, "here": here}
 
     async def _carry_out(self, action: str, change: Change, *, via: str) -> tuple[int, Any]:
         if self._busy:

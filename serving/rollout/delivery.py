@@ -241,7 +241,11 @@ def next_step(old: Canary, *, share: float, now: datetime) -> Canary:
 
 
 def live_facts(workspace: Workspace) -> dict[str, Any]:
-    """What the pointers say: champion, canary with its share, shadows. JSON-able."""
+    """What the pointers say: champion, canary with its share, shadows. JSON-able.
+
+    Raises:
+        ArtefactError: one of the two files is damaged.
+    """
     champion = read_champion(workspace.bundles)
     traffic = read_traffic(workspace.bundles)
     share = traffic.canary.share if traffic.canary else 0.0

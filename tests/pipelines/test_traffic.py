@@ -503,11 +503,14 @@ def test_the_commands_do_the_same(
     config = tmp_path / "market.yaml"
     config.write_text(yaml.safe_dump(market.settings.model_dump(mode="json")))
 
-    def driftline(command: str, *arguments: str) -> dict[str, Any]:
+    def run(command: str, *arguments: str) -> tuple[Any, Any]:
         with pytest.raises(SystemExit) as ended:
             main([command, str(config), "--json", *arguments])
-        printed = capsys.readouterr()
-        assert ended.value.code == 0, printed.err
+        return ended.value.code, capsys.readouterr()
+
+    def driftline(command: str, *arguments: str) -> dict[str, Any]:
+        code, printed = run(command, *arguments)
+        assert code == 0, printed.err
         answer = json.loads(printed.out)
         assert isinstance(answer, dict)
         return answer
@@ -515,6 +518,11 @@ def test_the_commands_do_the_same(
     assert driftline("traffic", "--canary", "0.2")["live"]["canary"]["share"] == 0.2
     assert driftline("traffic", "--read-out")["canary"]["version"] == 2
     assert driftline("traffic", "--decide")["decision"]["action"] == "wait"
+    (Workspace.of(market.settings).bundles / "TRAFFIC").write_text("{")
+    for arguments in ((), ("--read-out",), ("--canary", "0.3")):
+        code, printed = run("traffic", *arguments)
+        assert (code, printed.err.count("\n")) == (1, 1)
+        assert "TRAFFIC is no JSON" in printed.err
     assert driftline("traffic", "--stop")["live"]["canary"] is None
     shadows = driftline("deploy", "--bundle", "2", "--shadow")["live"]["shadow"]
     assert [entry["version"] for entry in shadows] == [2]

@@ -203,6 +203,16 @@ def test_damaged_pointers_can_be_replaced(delivery: Delivery, bundles: Path) -> 
     assert read_traffic(bundles).is_empty
 
 
+def test_a_damaged_pointer_is_named_over_http_too(http: "Http", bundles: Path) -> None:
+    (bundles / "TRAFFIC").write_text('{"canary": null}')
+    try:
+        status, _, body = http("GET", "/v1/admin/routes")
+    finally:
+        (bundles / "TRAFFIC").unlink()
+    assert (status, body["error"]["code"]) == (503, "damaged_pointer")
+    assert "TRAFFIC lacks 'changed_at'" in body["error"]["message"]
+
+
 def test_the_audit_log_says_who_asked_for_what_and_what_came_of_it(
     market: TinyMarket, delivery: Delivery
 ) -> None:

@@ -13,7 +13,7 @@ from tests.tiny_market import AS_OF, TinyMarket
 from driftline.features.texts import read_texts
 from driftline.pipelines.catalogue_vectors import encode_catalogue
 from driftline.platform.bundle import Bundle
-from driftline.platform.errors import MissingArtefactError
+from driftline.platform.errors import ArtefactError, MissingArtefactError
 from driftline.platform.traffic import BundleRef, Canary, Traffic, write_traffic
 from driftline.platform.vector_deltas import deltas_folder, known_vectors
 from driftline.platform.windows import HOUR
@@ -125,6 +125,19 @@ def test_a_canary_gets_the_new_texts_from_its_own_arms(
     whole = market.bundle(seed=5).vectors
     found = known_vectors(canary)
     np.testing.assert_allclose(found.page, whole.part(found.text_id).page, atol=1e-5)
+
+
+def test_a_damaged_traffic_file_is_named_before_anything_is_encoded(
+    market: TinyMarket, short_of_half: Bundle
+) -> None:
+    path = Workspace.of(market.settings).bundles / "TRAFFIC"
+    path.write_text("{}")
+    try:
+        with pytest.raises(ArtefactError, match=r"TRAFFIC lacks 'changed_at'; .*--stop"):
+            encode_catalogue(market.settings, as_of=LATER)
+    finally:
+        path.unlink()
+    assert not list(deltas_folder(short_of_half).glob("*"))
 
 
 def test_without_a_champion_there_is_nothing_to_encode_for(

@@ -21,6 +21,7 @@ from tests.tiny_market import TinyMarket
 
 from driftline.platform.arm_health import read_health
 from driftline.platform.bundle import Bundle
+from driftline.platform.errors import ArtefactError
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.traffic import BundleRef, Canary, Traffic, read_traffic, write_traffic
 from driftline.platform.workspace import Workspace
@@ -212,8 +213,22 @@ def test_a_canary_that_cannot_be_used_is_left_out_and_named(
     assert [route["role"] for route in status["routes"]] == ["champion"]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"canary": 3}'])
-def test_a_broken_traffic_file_changes_nothing(
+REST = '"shadow": [], "changed_at": null, "by": null'
+DAMAGED = {
+    "{": "is no JSON",
+    "\x00" * 300: "is no JSON",
+    "[]": r"must hold a JSON object, got \[\]",
+    "{}": "lacks 'changed_at'",
+    f'{{"canary": 3, {REST}}}': "holds a value that means nothing",
+    f'{{"canary": {{}}, {REST}}}': "lacks 'share'",
+    f'{{"canary": {{"share": 2}}, {REST}}}': r"share must lie between 0 and 1, got 2\.0",
+    '{"canary": null, "shadow": [{"version": "x"}], "changed_at": null}': "means nothing",
+    '{"canary": null, "shadow": [], "changed_at": "today", "by": null}': "time must be ISO 8601",
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_broken_traffic_file_changes_nothing_and_is_explained(
     market: TinyMarket,
     first: Bundle,
     second: Bundle,
@@ -225,12 +240,17 @@ def test_a_broken_traffic_file_changes_nothing(
     service = BundleService(market.settings)
     service.look()
     before = service.routes
-    (Workspace.of(market.settings).bundles / "TRAFFIC").write_text(content)
+    path = Workspace.of(market.settings).bundles / "TRAFFIC"
+    path.write_text(content)
     service.look()
     service.look()
 
     assert service.routes is before
     assert service.status()["refusals"] == 1
+    with pytest.raises(ArtefactError, match=DAMAGED[content]) as damaged:
+        read_traffic(path.parent)
+    assert str(damaged.value).startswith(f"{path} ")
+    assert "`driftline traffic CONFIG --stop` writes it anew" in str(damaged.value)
 
 
 def test_a_promoted_canary_is_not_loaded_again(
