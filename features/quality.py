@@ -40,7 +40,13 @@ from driftline.features.quality_sort import (
     read_repeats,
     write_sorted,
 )
-from driftline.platform.artefacts import read_json, whole_directory, write_json
+from driftline.platform.artefacts import (
+    hash_files,
+    hash_value,
+    read_json,
+    whole_directory,
+    write_json,
+)
 from driftline.platform.contract import catalogue_schema, counters_schema, impressions_schema
 from driftline.platform.errors import ContractError
 from driftline.platform.settings import DriftlineSettings
@@ -97,6 +103,8 @@ class Verdict:
     num_rows_unknown_page: int
     num_rows_unknown_ad: int
     put_aside_at_ingest: Mapping[str, int]
+    content: str
+    """Hash of all files of the clean log: two logs may agree in every count."""
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON-able values."""
@@ -195,17 +203,19 @@ def check_log(
             }
             _refuse_if_hopeless(raw, verdicts["impressions"], settings)
             span, num_clicks = _describe_clean(scratch, connection)
-            verdict = Verdict(
-                impressions=verdicts["impressions"],
-                catalogue=verdicts.get("catalogue", TableVerdict()),
-                counters=verdicts.get("counters"),
-                key_type=str(key),
-                put_aside_at_ingest=_put_aside(raw),
-                span=span,
-                num_clicks=num_clicks,
-                **_count_unknown(scratch, connection),
-            )
+            unknown = _count_unknown(scratch, connection)
         shutil.rmtree(work)
+        verdict = Verdict(
+            impressions=verdicts["impressions"],
+            catalogue=verdicts.get("catalogue", TableVerdict()),
+            counters=verdicts.get("counters"),
+            key_type=str(key),
+            put_aside_at_ingest=_put_aside(raw),
+            span=span,
+            num_clicks=num_clicks,
+            **unknown,
+            content=hash_value(hash_files(scratch)),
+        )
         write_json(scratch / "verdict.json", verdict.to_json())
     logger.info("checked %s: %d of %d rows clean", raw, verdict.impressions.num_clean,
                 verdict.impressions.num_rows)  # fmt: skip

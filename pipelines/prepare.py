@@ -104,7 +104,7 @@ def _values(values: Any) -> list[Any]:
 
 
 def _preparation_key(settings: DriftlineSettings) -> str:
-    """Changes when the clean log or the meaning of a feature does."""
+    """Changes when the clean log does, whose content the verdict tells, or a feature's meaning."""
     verdict = require(Workspace.of(settings).clean / "verdict.json", made_by="check CONFIG")
     columns = [(column.name, column.kind) for column in head_columns(settings)]
     return hash_value([hash_file(verdict), feature_view_versions(settings), columns])
