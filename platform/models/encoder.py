@@ -1,20 +1,25 @@
 """Text encoders from ``transformers``, and the masked-language head that pre-trains them.
 
+``transformers`` takes seconds to import, and is imported when an encoder is made: a replica, which
+needs none for texts that its bundle knows, is up sooner without.
+
 Shape suffixes: B sequences, T tokens, H hidden width, K masked positions, V vocabulary.
 """
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, linear, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, BertConfig, BertModel
 
 from driftline.platform.errors import SettingsError
 from driftline.platform.models.spec import EncoderSpec
+
+if TYPE_CHECKING:
+    from transformers import BertConfig
 
 NUM_POSITIONS: Final = 512  # BERT's own; at least the longest sequence
 MaskedTexts = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -32,6 +37,8 @@ class TextEncoder(nn.Module):
     """``cls`` computes the last layer at every position, for whoever looks at it by hooks."""
 
     def __init__(self, spec: EncoderSpec, *, pretrained: bool = True) -> None:
+        from transformers import AutoConfig, AutoModel, BertModel
+
         super().__init__()
         self.spec = spec
         self.num_tokens = 0
@@ -68,6 +75,8 @@ class TextEncoder(nn.Module):
         A BERT's last layer is computed for that one position, which saves most of its work; the
         result is that of ``forward``.
         """
+        from transformers import BertModel
+
         if self.whole_last_layer or not isinstance(self.backbone, BertModel):
             whole_BTH: Tensor = self(tokens_BT, mask_BT)
             return whole_BTH[:, 0]
@@ -190,7 +199,9 @@ def text_encoders(model: nn.Module) -> list[TextEncoder]:
     return [module for module in model.modules() if isinstance(module, TextEncoder)]
 
 
-def _bert_config(spec: EncoderSpec) -> BertConfig:
+def _bert_config(spec: EncoderSpec) -> "BertConfig":
+    from transformers import BertConfig
+
     return BertConfig(
         vocab_size=spec.vocabulary_size,
         hidden_size=spec.hidden_size,
@@ -227,6 +238,8 @@ def _first_position(layer: nn.Module, states_BTH: Tensor, visible_B11T: Tensor) 
 
 
 def _load_checkpoint(spec: EncoderSpec) -> nn.Module:
+    from transformers import AutoModel
+
     model: nn.Module = AutoModel.from_pretrained(
         spec.checkpoint,
         local_files_only=True,
