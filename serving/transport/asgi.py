@@ -4,6 +4,7 @@ Plain ASGI because a web framework costs a fifth of the throughput, and there is
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from driftline.serving.transport.paths import DOCS, HEALTH, OPENAPI, SCORE, STAT
 from driftline.serving.transport.requests import RefusedRequestError, refuse, show
 from driftline.serving.transport.wire import JSON, JsonForm, WireForm
 from driftline.serving.transport.wire_protobuf import ProtobufForm
+
+logger = logging.getLogger(__name__)
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
@@ -125,19 +128,23 @@ class HttpFace:
                     empty=scope["method"] == "HEAD",
                 )
         except RefusedRequestError as error:
-            self._service.refused(error)
-            extra = []
-            if error.status == 405:
-                extra.append((b"allow", ", ".join(error.allowed).encode()))
-            if error.status == 503:
-                extra.append((b"retry-after", str(RETRY_SECONDS).encode()))
-            if error.status in (408, 413):  # the rest of the body is not worth reading
-                extra.append((b"connection", b"close"))
-            body = orjson.dumps(error.body, default=str)
-            await _send(send, body, status=error.status, headers=extra)
-        except Exception:  # a mistake of ours; the server answers 500
-            self._service.refused(refuse("a mistake of ours", status=500, code="internal_error"))
-            raise
+            await self._refuse(error, send)
+        except Exception:
+            logger.exception("%s %s failed", scope["method"], scope["path"])
+            mistake = "a mistake of the server's; the log of its replica says more"
+            await self._refuse(refuse(mistake, status=500, code="internal_error"), send)
+
+    async def _refuse(self, error: RefusedRequestError, send: Send) -> None:
+        self._service.refused(error)
+        extra = []
+        if error.status == 405:
+            extra.append((b"allow", ", ".join(error.allowed).encode()))
+        if error.status == 503:
+            extra.append((b"retry-after", str(RETRY_SECONDS).encode()))
+        if error.status in (408, 413):  # the rest of the body is not worth reading
+            extra.append((b"connection", b"close"))
+        body = orjson.dumps(error.body, default=str)
+        await _send(send, body, status=error.status, headers=extra)
 
     # --- scoring --------------------------------------------------------------------------
 

@@ -7,7 +7,14 @@ becomes HAProxy. So:
 - statistics and metrics of HAProxy are reached from this machine only (Ray: from everywhere);
 - a client that is slow with its headers, or with a body of up to 16 KB, is given up (Ray: never);
 - what HAProxy itself answers to a request has our JSON body, and is 503 with ``Retry-After`` while
-  there is no replica (Ray: a bare 500). What is no HTTP gets HAProxy's own page, still 400 or 408.
+  there is no replica (Ray: a bare 500). What is no HTTP gets HAProxy's own page, still 400 or 408;
+- where more requests are under way than the lines of the replicas that answer may hold, the next is
+  refused at once, before it costs Python anything. What is under way is counted, not connections,
+  and only scoring is refused: health and status are answered under any load;
+- where no replica answers, a request is refused at once. Ray Serve would hand it to a proxy of its
+  own, which waits for a replica until the client is tired of it;
+- no line of log is sent for a request (Ray: one to port 514, where mostly nobody listens, for a
+  fifth of HAProxy's system calls). What becomes of replicas is logged as before.
 """
 
 import json
@@ -17,8 +24,9 @@ from typing import Final
 
 from driftline.platform.loopback import LOOPBACK
 from driftline.platform.settings import ServingSettings
-from driftline.serving.transport.limits import RETRY_SECONDS
-from driftline.serving.transport.requests import refuse
+from driftline.serving.transport.limits import RETRY_SECONDS, too_busy
+from driftline.serving.transport.paths import SCORE
+from driftline.serving.transport.requests import RefusedRequestError, refuse
 
 PLAIN: Final = {
     400: ("Bad Request", "malformed_http", "the request is not HTTP, or its headers are too many"),
@@ -27,6 +35,9 @@ PLAIN: Final = {
 METHODS: Final = "GET HEAD POST PUT PATCH DELETE OPTIONS TRACE CONNECT"
 """Others are refused here: the server behind would not say so in our form."""
 UNREACHABLE: Final = (500, 502, 503, 504)
+CONNECT_MILLISECONDS: Final = 200
+"""How long a replica may take to accept a connection, and the pause before the only one is tried
+again; its kernel accepts, on this machine, however busy it is itself."""
 
 
 def haproxy_launcher(folder: Path, settings: ServingSettings, *, binary: str) -> Path:
@@ -34,41 +45,13 @@ def haproxy_launcher(folder: Path, settings: ServingSettings, *, binary: str) ->
 
     Args:
         folder: A folder of this instance's own.
-        settings: ``read_timeout_seconds``.
+        settings: ``read_timeout_seconds`` and ``max_waiting``.
         binary: The real HAProxy.
     """
     bodies = folder / "answers"
     bodies.mkdir(parents=True, exist_ok=True)
-    lines = [f"timeout http-request {ceil(settings.read_timeout_seconds * 1000)}ms"]
-    for status, (phrase, code, message) in PLAIN.items():
-        (bodies / f"{status}.http").write_bytes(_answer(status, phrase, code, message))
-        lines.append(f"errorfile {status} {bodies / f'{status}.http'}")
-    away = _answer(503, "Service Unavailable", "no_replica", "no replica answers at the moment")
-    (bodies / "503.http").write_bytes(away)
-    lines += [f"errorfile {status} {bodies / '503.http'}" for status in UNREACHABLE]
-    missing, unknown = bodies / "404.json", bodies / "405.json"
-    missing.write_bytes(_body(404, "unknown_path", "there is nothing at this path"))
-    unknown.write_bytes(_body(405, "wrong_method", "no path takes this method"))
-    strange = f"http-request return status 405 content-type application/json file {unknown}"
-    not_found = "    http-request return status 404 content-type"
     edits = folder / "haproxy.sed"
-    edits.write_text(
-        "\n".join(
-            [
-                rf"s/^    bind :\([0-9]*\)$/    bind {LOOPBACK}:\1/",
-                rf"s/^  bind \*:\([0-9]*\)$/  bind {LOOPBACK}:\1/",
-                r"/^    errorfile /d",
-                r"/^    timeout http-request /d",
-                r"/^    option http-buffer-request$/d",
-                r"/^    http-request return status 405 /d",
-                rf"s|^{not_found} text/plain .*|{not_found} application/json file {missing}|",
-                *(rf"/^defaults$/a\    {line}" for line in lines),
-                r"/^frontend http_frontend$/a\    option http-buffer-request",
-                rf"/^frontend http_frontend$/a\    {strange} unless {{ method {METHODS} }}",
-                "",
-            ]
-        )
-    )
+    edits.write_text("\n".join([*_closed_doors(), *_answers(bodies, settings), ""]))
     script = folder / "haproxy"
     script.write_text(
         "#!/bin/sh\n"
@@ -79,19 +62,74 @@ def haproxy_launcher(folder: Path, settings: ServingSettings, *, binary: str) ->
     return script
 
 
-def _body(status: int, code: str, message: str) -> bytes:
-    return json.dumps(refuse(message, status=status, code=code).body).encode()
+def _closed_doors() -> list[str]:
+    """Edits for what listens, waits and writes more than it should."""
+    return [
+        rf"s/^    bind :\([0-9]*\)$/    bind {LOOPBACK}:\1/",
+        rf"s/^  bind \*:\([0-9]*\)$/  bind {LOOPBACK}:\1/",
+        rf"s/^    timeout connect .*/    timeout connect {CONNECT_MILLISECONDS}ms/",
+        "s/ check backup$/ check backup disabled/",
+        r"/^    option http-buffer-request$/d",
+        r"/^frontend http_frontend$/a\    option http-buffer-request",
+        r"/^    http-request set-log-level silent$/d",
+        r"/^frontend http_frontend$/a\    http-request set-log-level silent",
+    ]
 
 
-def _answer(status: int, phrase: str, code: str, message: str) -> bytes:
+def _answers(bodies: Path, settings: ServingSettings) -> list[str]:
+    """Edits for what HAProxy answers by itself; their bodies are written into a folder."""
+    defaults = [f"timeout http-request {ceil(settings.read_timeout_seconds * 1000)}ms"]
+    for status, (phrase, code, message) in PLAIN.items():
+        (bodies / f"{status}.http").write_bytes(
+            _answer(phrase, refuse(message, status=status, code=code))
+        )
+        defaults.append(f"errorfile {status} {bodies / f'{status}.http'}")
+    away = refuse("no replica answers at the moment", status=503, code="no_replica")
+    (bodies / "503.http").write_bytes(_answer("Service Unavailable", away))
+    defaults += [f"errorfile {status} {bodies / '503.http'}" for status in UNREACHABLE]
+
+    missing = refuse("there is nothing at this path", status=404, code="unknown_path")
+    strange = refuse("no path takes this method", status=405, code="wrong_method")
+    limit = settings.max_waiting
+    busy = too_busy(f"{limit} requests for each replica are under way already", allowed=limit)
+    not_found = "    http-request return status 404 content-type"
+    return [
+        r"/^    errorfile /d",
+        r"/^    timeout http-request /d",
+        r"/^    http-request return status 405 /d",
+        rf"s|^{not_found} text/plain .*|    {_rule(bodies, missing)}|",
+        *(rf"/^defaults$/a\    {line}" for line in defaults),
+        rf"/^frontend http_frontend$/a\    {_rule(bodies, strange)} unless {{ method {METHODS} }}",
+        r"/^    http-request set-var(txn.may_hold) /d",
+        r"/^    http-request return status 503 content-type application\/json file /d",
+        *(
+            rf"/^backend http-/a\    {rule}"
+            for rule in (
+                f"{_rule(bodies, away)} if {{ nbsrv lt 1 }}",
+                f"http-request set-var(txn.may_hold) nbsrv,mul({limit})",
+                f"{_rule(bodies, busy)} if {{ path {SCORE} }} {{ be_conn,sub(txn.may_hold) gt 0 }}",
+            )
+        ),
+    ]
+
+
+def _rule(bodies: Path, error: RefusedRequestError) -> str:
+    """A rule that answers a request; its body is written into a folder."""
+    body = bodies / f"{error.code}.json"
+    body.write_text(json.dumps(error.body))
+    rule = f"http-request return status {error.status} content-type application/json file {body}"
+    return rule + (f" hdr Retry-After {RETRY_SECONDS}" if error.status == 503 else "")
+
+
+def _answer(phrase: str, error: RefusedRequestError) -> bytes:
     """A whole HTTP answer, as HAProxy sends it."""
-    body = _body(status, code, message)
+    body = json.dumps(error.body).encode()
     head = [
-        f"HTTP/1.1 {status} {phrase}",
+        f"HTTP/1.1 {error.status} {phrase}",
         "Content-Type: application/json",
         f"Content-Length: {len(body)}",
         "Cache-Control: no-cache",
-        *([f"Retry-After: {RETRY_SECONDS}"] if status == 503 else []),
+        *([f"Retry-After: {RETRY_SECONDS}"] if error.status == 503 else []),
         "Connection: close",
     ]
     return "\r\n".join([*head, "", ""]).encode() + body

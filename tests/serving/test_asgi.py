@@ -11,8 +11,10 @@ from tests.tiny_market import TinyMarket
 from driftline.platform.bundle import Bundle
 from driftline.platform.settings import ServingSettings
 from driftline.platform.workspace import Workspace
+from driftline.serving.answers import Answer
 from driftline.serving.service import BundleService
 from driftline.serving.transport.asgi import HttpFace
+from driftline.serving.transport.wire import WireForm
 
 SMALL = ServingSettings(max_request_bytes=1_000)
 GOOD = b'{"page_product_id": 100001, "ad_product_ids": [100002, 100003], "request_id": "view-1"}'
@@ -185,6 +187,23 @@ def test_a_client_that_goes_away_gets_no_answer(exchange: Exchange, service: Bun
     assert exchange("POST", "/v1/score", GOOD, vanish=True)[0] == 0
 
     assert service.status()["answers"] == before
+
+
+class Failing(BundleService):
+    """Makes a mistake."""
+
+    def answer(self, body: bytes, form: WireForm) -> Answer:
+        raise ZeroDivisionError(f"while reading {form.name}")
+
+
+def test_a_mistake_of_ours_is_answered_and_logged(
+    exchange: Exchange, market: TinyMarket, caplog: pytest.LogCaptureFixture
+) -> None:
+    status, _, body = exchange("POST", "/v1/score", GOOD, service=Failing(market.settings))
+
+    assert (status, body["error"]["code"]) == (500, "internal_error")
+    assert "POST /v1/score failed" in caplog.text
+    assert "ZeroDivisionError: while reading json" in caplog.text
 
 
 def test_a_body_that_never_ends_is_given_up(service: BundleService) -> None:
