@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from driftline.pipelines.frozen_teacher import Teacher
 from driftline.pipelines.prepare import prepare_features
-from driftline.pipelines.teacher import Teacher, teacher_input, tokenizer_hash
+from driftline.pipelines.teacher import teacher_input, tokenizer_hash
 from driftline.pipelines.teacher_input import RowSerialiser, TeacherInput
 from driftline.pipelines.teachers import as_member, find_member
 from driftline.pipelines.training_sets import known_frame, split_rows

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from driftline.features.log import ImpressionLog
+from driftline.pipelines.frozen_teacher import Teacher
 from driftline.pipelines.labels import SoftLabels, shift_prior
 from driftline.pipelines.laboratory_nodes import (
     IDENTITY_LENGTH,
@@ -33,7 +34,6 @@ from driftline.pipelines.laboratory_rows import (
 from driftline.pipelines.market_moment import MarketMoment
 from driftline.pipelines.prepare import prepare_features
 from driftline.pipelines.student import write_student_texts
-from driftline.pipelines.teacher import Teacher
 from driftline.pipelines.training_sets import newest
 from driftline.platform.artefacts import write_json
 from driftline.platform.distillation.keys import FeatureKey

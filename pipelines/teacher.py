@@ -1,11 +1,10 @@
-"""The teacher: trained once on the stale part of the log, then frozen for good."""
+"""Training a teacher, once, on the stale part of the log."""
 
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,14 @@ import pyarrow as pa
 
 from driftline.features.log import ImpressionLog
 from driftline.features.texts import known_texts, read_texts
+from driftline.pipelines.frozen_teacher import (
+    MANIFEST,
+    MASKED,
+    WEIGHTS,
+    Teacher,
+    check_frozen,
+    teacher_folder,
+)
 from driftline.pipelines.provenance import code_version
 from driftline.pipelines.student_vocabulary import small_tokenizer
 from driftline.pipelines.teacher_input import RowSerialiser, TeacherInput, teacher_columns
@@ -26,11 +33,9 @@ from driftline.pipelines.training_sets import (
 from driftline.platform.artefacts import (
     hash_file,
     hash_value,
-    read_json,
     whole_directory,
     write_json,
 )
-from driftline.platform.errors import FrozenTeacherError
 from driftline.platform.examples import Ragged, TokenRows, write_tokens
 from driftline.platform.models.spec import ModelSpec, TeacherSpec, encoder_spec
 from driftline.platform.ray_runtime import fit
@@ -42,73 +47,7 @@ from driftline.platform.workspace import Workspace, require
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = "model.safetensors"
-MASKED = "masked.safetensors"  # before it saw a click, with its prediction head; if there was MLM
-MANIFEST = "manifest.json"
 MAX_VALIDATION_ROWS = 4_000
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """The frozen teacher on disk."""
-
-    path: Path
-    manifest: dict[str, Any]
-
-    @classmethod
-    def open(cls, workspace: Workspace, name: str | None = None) -> "Teacher":
-        """Open it and check that nobody touched the weights.
-
-        Args:
-            workspace: Where it lies.
-            name: Of a member of the ensemble; the market's first teacher when not given.
-
-        Raises:
-            MissingArtefactError: there is none yet.
-            FrozenTeacherError: the weights do not have the hash they were frozen with.
-        """
-        path = require(_path(workspace, name), made_by="teacher CONFIG")
-        manifest = read_json(path / MANIFEST)
-        if (found := _hash_once(path / WEIGHTS)) != manifest["weights"]:
-            raise FrozenTeacherError(
-                f"teacher {path}: weights have hash {found[:12]}, frozen as "
-                f"{manifest['weights'][:12]}; restore the file or start a new workspace"
-            )
-        return cls(path, manifest)
-
-    @property
-    def hash(self) -> str:
-        """Hash of weights, input columns and tokeniser: the key of its soft labels."""
-        parts = (self.manifest["weights"], self.manifest["columns"], self.manifest["tokenizer"])
-        return hash_value(parts)
-
-    @property
-    def weights(self) -> Path:
-        """The frozen weights."""
-        return self.path / WEIGHTS
-
-    @property
-    def masked(self) -> Path | None:
-        """Its weights from before the clicks, with their prediction head; None without MLM.
-
-        Raises:
-            FrozenTeacherError: they are not those that were written down with it. Teachers of
-                before this was written down are believed.
-        """
-        path, known = self.path / MASKED, self.manifest.get("masked")
-        found = _hash_once(path) if path.exists() else None
-        if known is not None and found != known:
-            state = "is gone" if found is None else f"has hash {found[:12]}"
-            raise FrozenTeacherError(
-                f"teacher {self.path}: {MASKED} {state}, frozen as {known[:12]}; restore the file "
-                "or start a new workspace"
-            )
-        return path if found else None
-
-    @property
-    def keep_rate(self) -> float:
-        """Share of non-clicks it was trained on; its logits stand on that prior."""
-        return float(self.manifest["keep_rate"])
 
 
 def train_teacher(
@@ -135,7 +74,7 @@ def train_teacher(
         EmptyWindowError: the part of the window holds no rows, or only one outcome.
     """
     workspace = Workspace.of(settings)
-    path = _path(workspace, name)
+    path = teacher_folder(workspace, name)
     key = teacher_key(settings, share=share, label=label)
     if path.exists():
         teacher = Teacher.open(workspace, name)
@@ -206,20 +145,6 @@ def stale_part(
     start, end = (floor_time(ood.start + part * length, HOUR) for part in share)
     start = max(start, ood.start)
     return Window(start, ood.end if share[1] == 1 else max(start, end)), ood.end
-
-
-def check_frozen(teacher: Teacher, key: str) -> None:
-    """Refuse settings that would give another teacher.
-
-    Raises:
-        FrozenTeacherError: this one was trained with others.
-    """
-    if teacher.manifest["key"] != key:
-        raise FrozenTeacherError(
-            f"teacher {teacher.path} is frozen and was trained with other settings "
-            f"(key {teacher.manifest['key']}, these give {key}); undo the change of "
-            "teacher/tokenizer/features/labels/split settings, or use a new workspace"
-        )
 
 
 def teacher_input(settings: DriftlineSettings, *, texts: pa.Table | None = None) -> TeacherInput:
@@ -312,10 +237,6 @@ def teacher_key(
     return hash_value(value if own == [0, 1, None] else [value, *own])[:12]
 
 
-def _path(workspace: Workspace, name: str | None) -> Path:
-    return workspace.teacher if name is None else workspace.teachers / name
-
-
 def _summary(result: StageResult) -> dict[str, Any]:
     return {
         "metric": result.metric,
@@ -323,14 +244,3 @@ def _summary(result: StageResult) -> dict[str, Any]:
         "num_steps": result.num_steps,
         "seconds": round(result.seconds, 1),
     }
-
-
-def _hash_once(path: Path) -> str:
-    """Hash a file again only when it changed: hourly steps open the teacher often."""
-    status = path.stat()
-    return _hash_of(path, status.st_mtime_ns, status.st_size)
-
-
-@cache
-def _hash_of(path: Path, mtime_ns: int, size: int) -> str:
-    return hash_file(path)

@@ -6,13 +6,8 @@ the one serves the others: ``as_member`` gives the settings under which it is *t
 
 from collections.abc import Callable
 
-from driftline.pipelines.teacher import (
-    Teacher,
-    check_frozen,
-    stale_part,
-    teacher_key,
-    train_teacher,
-)
+from driftline.pipelines.frozen_teacher import Teacher, check_frozen
+from driftline.pipelines.teacher import stale_part, teacher_key, train_teacher
 from driftline.pipelines.teacher_input import teacher_columns
 from driftline.pipelines.training_sets import known_frame, with_outcome
 from driftline.platform.errors import EmptyWindowError, SettingsError

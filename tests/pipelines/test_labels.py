@@ -21,10 +21,11 @@ from driftline.features.frame_files import read_frames
 from driftline.features.quality import check_log
 from driftline.features.simulate import simulate
 from driftline.features.texts import read_texts
+from driftline.pipelines.frozen_teacher import Teacher
 from driftline.pipelines.labels import SoftLabels, TeacherLabels
 from driftline.pipelines.prepare import prepare_features
 from driftline.pipelines.replay import log_split
-from driftline.pipelines.teacher import Teacher, teacher_key
+from driftline.pipelines.teacher import teacher_key
 from driftline.pipelines.teachers import train_teachers
 from driftline.platform.artefacts import hash_files
 from driftline.platform.distillation.keys import FeatureKey

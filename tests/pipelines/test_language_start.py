@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from driftline.pipelines.frozen_teacher import MASKED, Teacher
 from driftline.pipelines.laboratory import Laboratory
 from driftline.pipelines.replay import log_split
 from driftline.pipelines.strategy import TrainedStudent, check_strategy, train_strategy
-from driftline.pipelines.teacher import MASKED, Teacher
 from driftline.platform.artefacts import hash_file, write_json
 from driftline.platform.checkpoints import save_weights
 from driftline.platform.distillation.language_start import MlmDistilStart

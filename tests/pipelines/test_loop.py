@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from driftline.features.frame_files import read_frames
+from driftline.pipelines.frozen_teacher import Teacher
 from driftline.pipelines.labels import SoftLabels, shift_prior
 from driftline.pipelines.provenance import settings_hash
 from driftline.pipelines.publish import champion_before
@@ -21,7 +22,7 @@ from driftline.pipelines.records import read_record, read_records
 from driftline.pipelines.refresh_arms import refresh_arms
 from driftline.pipelines.refresh_head import refresh_head
 from driftline.pipelines.replay import log_split
-from driftline.pipelines.teacher import Teacher, train_teacher
+from driftline.pipelines.teacher import train_teacher
 from driftline.platform.artefacts import hash_file
 from driftline.platform.bundle import ARMS, HEAD, VECTORS, Bundle
 from driftline.platform.errors import DriftlineError, FrozenTeacherError, MissingArtefactError

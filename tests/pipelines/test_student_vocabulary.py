@@ -9,13 +9,14 @@ from torch import nn
 
 from driftline.features.quality import check_log
 from driftline.features.simulate import simulate
+from driftline.pipelines.frozen_teacher import MASKED, Teacher
 from driftline.pipelines.laboratory import Laboratory
 from driftline.pipelines.prepare import prepare_features
 from driftline.pipelines.replay import log_split
 from driftline.pipelines.strategy import check_strategy, train_strategy
 from driftline.pipelines.student import student_tokenizer
 from driftline.pipelines.student_vocabulary import small_tokenizer, vocabulary_report
-from driftline.pipelines.teacher import MASKED, Teacher, open_tokenizer, train_teacher
+from driftline.pipelines.teacher import open_tokenizer, train_teacher
 from driftline.platform.artefacts import hash_file, write_json
 from driftline.platform.checkpoints import load_weights
 from driftline.platform.errors import FrozenTeacherError, SettingsError

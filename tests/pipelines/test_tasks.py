@@ -10,12 +10,13 @@ from tests.pipelines.conftest import NOW, REST, TEXT, small_settings
 
 from driftline.features.quality import check_log
 from driftline.features.simulate import simulate
+from driftline.pipelines.frozen_teacher import Teacher
 from driftline.pipelines.labels import SoftLabels
 from driftline.pipelines.prepare import prepare_features
 from driftline.pipelines.replay import log_split
 from driftline.pipelines.student import student_tokenizer
 from driftline.pipelines.tasks import train_tasks
-from driftline.pipelines.teacher import Teacher, open_tokenizer
+from driftline.pipelines.teacher import open_tokenizer
 from driftline.pipelines.teachers import train_teachers
 from driftline.pipelines.training_sets import known_frame
 from driftline.platform.errors import FrozenTeacherError, SettingsError
