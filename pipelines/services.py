@@ -8,17 +8,24 @@ import logging
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Final
 
 from driftline.pipelines.console import quiet_libraries
 from driftline.platform.artefacts import read_json, write_json
 from driftline.platform.errors import DriftlineError
+from driftline.platform.loopback import RAY_OF_MANY_MACHINES, is_loopback, ray_on_loopback
 from driftline.platform.processes import stop_event
 from driftline.platform.settings import DriftlineSettings, parse_settings
 from driftline.platform.workspace import Workspace
 
 logger = logging.getLogger(__name__)
+
+OF_CLIENTS: Final = ("RAY_AUTH_MODE", RAY_OF_MANY_MACHINES)
+"""Who connects by address must know that Ray asks for a token, as it does by default, and which
+address this machine has."""
 
 
 def hold_ray(settings: DriftlineSettings, *, ready: Path, parent: int, scratch: Path) -> None:
@@ -26,24 +33,24 @@ def hold_ray(settings: DriftlineSettings, *, ready: Path, parent: int, scratch: 
     import ray
 
     shutil.rmtree(scratch / "ray", ignore_errors=True)  # what a killed one left
-    try:
-        context = ray.init(
-            "local",
-            num_cpus=settings.ray.num_cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            _temp_dir=str(scratch / "ray"),
-        )
-        until = stop_event(parent=parent)
-        # Ray asks for a token by default; who connects by address must be told to bring it.
-        facts = {
-            "address": context.address_info["gcs_address"],
-            "environment": {k: os.environ[k] for k in ("RAY_AUTH_MODE",) if k in os.environ},
-        }
-        write_json(ready, facts)
-        until.wait()
-    finally:
-        ray.shutdown()
+    with ray_on_loopback() if is_loopback(settings.serving.host) else nullcontext():
+        try:
+            context = ray.init(
+                "local",
+                num_cpus=settings.ray.num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                _temp_dir=str(scratch / "ray"),
+            )
+            until = stop_event(parent=parent)
+            facts = {
+                "address": context.address_info["gcs_address"],
+                "environment": {k: os.environ[k] for k in OF_CLIENTS if k in os.environ},
+            }
+            write_json(ready, facts)
+            until.wait()
+        finally:
+            ray.shutdown()
 
 
 def run_cadence(settings: DriftlineSettings, *, address: str, ready: Path, parent: int) -> None:

@@ -1,8 +1,14 @@
-"""Who reaches what listens, and Ray Serve's gRPC servers, which have no switch for it."""
+"""Who reaches what listens: a Ray of one machine, and Ray Serve's gRPC servers."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ipaddress import ip_address
 from typing import Any, Final
 
+RAY_OF_MANY_MACHINES: Final = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's switch for systems whose firewall asks about every port. Off: a Ray of one machine, whose
+ports are bound to loopback. On, as by default on Linux: they listen on every interface."""
 LOOPBACK: Final = "127.0.0.1"
 EVERYWHERE: Final = "[::]"
 
@@ -15,6 +21,28 @@ def is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+@contextmanager
+def ray_on_loopback() -> Iterator[None]:
+    """A Ray that starts in the block, and its workers, listen on loopback alone.
+
+    Ray keeps its switch in a constant on import, and reads it in every process that it starts; so
+    both are changed, and put back when the block ends. A switch that stands in the environment
+    counts as it is.
+    """
+    if RAY_OF_MANY_MACHINES in os.environ:
+        yield
+        return
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[RAY_OF_MANY_MACHINES], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        del os.environ[RAY_OF_MANY_MACHINES]
 
 
 def bind_serve_grpc(host: str) -> None:

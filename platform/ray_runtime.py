@@ -25,6 +25,7 @@ from ray.train.torch import TorchTrainer
 
 from driftline.platform import errors
 from driftline.platform.errors import DriftlineError, ResourceError, TrainingError
+from driftline.platform.loopback import ray_on_loopback
 from driftline.platform.settings import RaySettings
 from driftline.platform.stages import StageJob, StageResult, run_stage
 from driftline.platform.step_file import StepFile, followed
@@ -49,8 +50,8 @@ MAX_TEMP_DIR: Final = 40
 def ray_session(settings: RaySettings, *, temp_dir: Path | None = None) -> Iterator[None]:
     """Ray for the length of a block: the one that runs, the cluster asked for, or a private one.
 
-    A private Ray listens on this machine only, has no dashboard, and is gone with its folder when
-    the block ends. A Ray that was there before is left as it was.
+    A private Ray listens on loopback only, has no dashboard, and is gone with its folder when the
+    block ends. A Ray that was there before is left as it was.
 
     Args:
         settings: Address and processors.
@@ -79,7 +80,7 @@ def ray_session(settings: RaySettings, *, temp_dir: Path | None = None) -> Itera
             stop_trainer()
             ray.shutdown()
         return
-    with _folder(temp_dir) as folder:
+    with _folder(temp_dir) as folder, ray_on_loopback():
         ray.init(
             address="local",
             num_cpus=settings.num_cpus,

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -203,6 +204,21 @@ def test_up_serves_the_champion_and_refreshes_on_schedule(raised: Raised) -> Non
     text = status_text(found)
     assert "tiny   up" in text
     assert "materialize done as of" in text
+
+
+@pytest.mark.ray
+def test_all_that_up_starts_listens_on_loopback_only(raised: Raised) -> None:
+    heard = set()
+    for process in family_members(raised.family):
+        with suppress(psutil.NoSuchProcess):  # Ray's workers come and go
+            heard |= {
+                (connection.laddr.ip.removeprefix("::ffff:"), process.name())
+                for connection in process.net_connections(kind="inet")
+                if connection.status == psutil.CONN_LISTEN
+            }
+
+    assert len(heard) > 3
+    assert {ip for ip, _ in heard} == {"127.0.0.1"}, heard
 
 
 @pytest.mark.ray

@@ -1,6 +1,8 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import asdict, replace
@@ -180,6 +182,37 @@ class TestOnLocalRay:
         with pytest.raises(ValueError, match="Failed to look up actor"):
             ray.get_actor(TRAINER, namespace=NAMESPACE)
         stop_trainer()
+
+
+LISTENERS = """
+import psutil, ray
+from driftline.platform.ray_runtime import ray_session
+from driftline.platform.settings import RaySettings
+
+with ray_session(RaySettings(num_cpus=1)):
+    ray.get(ray.remote(lambda: None).remote())
+    me = psutil.Process()
+    for process in (me, *me.children(recursive=True)):
+        for one in process.net_connections(kind="inet"):
+            if one.status == psutil.CONN_LISTEN:
+                print("listens", one.laddr.ip, process.name())
+"""
+
+
+@pytest.mark.ray
+def test_a_private_ray_listens_on_loopback_only() -> None:
+    """In a process of its own, because this one may hold the tests' Ray."""
+    ran = subprocess.run(
+        [sys.executable, "-c", LISTENERS],
+        env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    heard = [line.split()[1:] for line in ran.stdout.splitlines() if line.startswith("listens")]
+    assert len(heard) > 4
+    assert {ip.removeprefix("::ffff:") for ip, *_ in heard} == {"127.0.0.1"}, heard
 
 
 def kill_at_first_checkpoint(pid: int, job: StageJob) -> None:
