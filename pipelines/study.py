@@ -299,9 +299,20 @@ def _origin(results: StudyResults, request: StudyRequest) -> dict[str, Any]:
 
 
 def find_study(path: Path) -> Path:
-    """The file, or the preset of that name."""
+    """The file, or the preset of that name.
+
+    Raises:
+        SettingsError: there is neither.
+    """
     preset = PRESETS / f"{path.name}.yaml"
-    return preset if not path.exists() and not path.suffix and preset.exists() else path
+    if not path.exists() and not path.suffix and preset.exists():
+        return preset
+    if not path.exists():
+        raise SettingsError(
+            f"study {path}: there is no such file, nor a study of that name; "
+            "`driftline study --list` names them"
+        )
+    return path
 
 
 def list_studies() -> list[tuple[str, str]]:

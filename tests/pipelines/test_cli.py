@@ -69,6 +69,7 @@ def test_refresh_gate_and_score_speak_json(
 
 MISTAKES = [
     (["plan", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+    (["study", "nowhere"], "no such file.*driftline study --list"),
     (["plan", DEMO, "--set", "nope=1"], "nope: Extra inputs are not permitted"),
     (["plan", DEMO, "--set", "teacher.columns=[ad__nothing]"], "ad__nothing.*no columns"),
     (["check", DEMO], "driftline (ingest|simulate)"),
