@@ -26,8 +26,10 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install  ## quick forms of all benchmarks; each one also runs alone, in full
-	for file in tests/benchmarks/*.py; do $(BIN)/python $$file --quick || exit 1; done
+bench: install  ## quick forms of all benchmarks, some minutes each; each also runs alone, in full
+	failed=; for file in tests/benchmarks/*.py; do echo "== $$file"; \
+	  $(BIN)/python $$file --quick || failed="$$failed $$file"; done; \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

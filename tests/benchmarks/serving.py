@@ -38,8 +38,8 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).parents[2]))  # the script's own folder is there already
 
-from tests.benchmarks.open_loop import start
 from tests.benchmarks.rig.market import bench_market
+from tests.benchmarks.rig.open_loop import start
 from tests.benchmarks.rig.report import (
     about,
     print_figures,

@@ -46,10 +46,10 @@ import pyarrow as pa
 
 sys.path.append(str(Path(__file__).parents[2]))  # the script's own folder is there already
 
-from tests.benchmarks.open_loop import FAILURES, Result, start
 from tests.benchmarks.rig.forms import Form
 from tests.benchmarks.rig.market import AS_OF, BenchMarket, bench_market
 from tests.benchmarks.rig.offline import Offline, Verdict
+from tests.benchmarks.rig.open_loop import FAILURES, Result, start
 from tests.benchmarks.rig.report import about, print_figures, print_table, say
 from tests.benchmarks.rig.served import (
     Effort,

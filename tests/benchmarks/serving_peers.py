@@ -43,7 +43,6 @@ import psutil
 
 sys.path.append(str(Path(__file__).parents[2]))  # the script's own folder is there already
 
-from tests.benchmarks.open_loop import Load, drive
 from tests.benchmarks.rig.environments import borrowing_environment
 from tests.benchmarks.rig.heads import OURS as OURS_IN_PROCESS
 from tests.benchmarks.rig.heads import (
@@ -55,6 +54,7 @@ from tests.benchmarks.rig.heads import (
     requests_of,
 )
 from tests.benchmarks.rig.market import BenchMarket, MarketSizes, bench_market
+from tests.benchmarks.rig.open_loop import Load, drive
 from tests.benchmarks.rig.report import (
     about,
     print_figures,

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.benchmarks import open_loop
-from tests.benchmarks.open_loop import Load, drive, generator, read_bodies, run, write_bodies
+from tests.benchmarks.rig import open_loop
+from tests.benchmarks.rig.open_loop import Load, drive, generator, read_bodies, run, write_bodies
 
 pytestmark = pytest.mark.skipif(
     shutil.which("cc") is None and shutil.which("gcc") is None,

@@ -7,9 +7,9 @@ from datetime import datetime
 
 import numpy as np
 from numpy.typing import NDArray
-from tests.benchmarks.open_loop import KeptAnswer
 from tests.benchmarks.rig.forms import Form, Told
 from tests.benchmarks.rig.market import Asked, BenchMarket
+from tests.benchmarks.rig.open_loop import KeptAnswer
 
 from driftline.features.online import OnlineFeatures
 from driftline.platform.columns import TEXT_ID_COLUMNS, head_columns

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from tests.benchmarks.open_loop import Load, Result, drive
 from tests.benchmarks.rig.forms import SCORE, Form, forms_of
 from tests.benchmarks.rig.market import QUICK, BenchMarket, MarketSizes
+from tests.benchmarks.rig.open_loop import Load, Result, drive
 from tests.benchmarks.rig.report import say
 from tests.benchmarks.rig.usage import Usage
 

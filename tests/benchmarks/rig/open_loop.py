@@ -1,7 +1,7 @@
 """Drive an HTTP server by a schedule: the Python side of ``open_loop.c``.
 
-    python tests/benchmarks/open_loop.py http://127.0.0.1:8700/v1/score --bodies FILE --rate 1000
-    python tests/benchmarks/open_loop.py --quick
+    python -m tests.benchmarks.rig.open_loop http://HOST:PORT/v1/score --bodies FILE --rate 1000
+    python -m tests.benchmarks.rig.open_loop --quick
 
 Arrivals do not wait for answers, and latency counts from the scheduled moment, so that a stall of
 the server is charged for every request that fell into it. The generator is plain C in a process of
@@ -30,6 +30,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
+from tests.benchmarks.rig.report import about, print_figures
 
 SOURCE: Final = Path(__file__).with_name("open_loop.c")
 RECORD: Final = np.dtype(
@@ -424,9 +425,8 @@ def main() -> None:
     parser.add_argument("--marker", action="append", default=[])
     given = parser.parse_args()
     if given.url is None:
-        figures = measure_generator(2.0 if given.quick else given.seconds)
-        figures = {name: float(f"{value:.4g}") for name, value in figures.items()}
-        print(json.dumps({"benchmark": "open_loop", "figures": figures}))
+        origin, figures = about(), measure_generator(2.0 if given.quick else given.seconds)
+        print_figures("open_loop", figures, origin=origin)
         return
     if given.bodies is None:
         sys.exit("--bodies is needed: a file of bodies, each after its length in four bytes")
