@@ -23,7 +23,12 @@ from driftline.platform.windows import format_time
 from driftline.platform.workspace import Workspace
 
 Cause = Literal[
-    "stale_snapshot", "late_counter", "different_category", "text_vector", "unexplained"
+    "stale_snapshot",
+    "late_counter",
+    "different_category",
+    "text_vector",
+    "store_unavailable",
+    "unexplained",
 ]
 CAUSES: Final[tuple[Cause, ...]] = get_args(Cause)
 """From harmless to worst; a probability has the worst cause among its features.
@@ -34,6 +39,7 @@ snapshot and became known only after it, so that no snapshot of that moment coul
 other way round, the server's snapshot is newer than the moment that the request asked for.
 ``different_category``: a counter of a category or pair, where the category itself differs.
 ``text_vector``: (probability) the text had no cached vector when it was served, or was encoded.
+``store_unavailable``: the value was not served, and the answer said that the online store was away.
 ``unexplained``: a mistake somewhere.
 """
 
@@ -44,6 +50,7 @@ PROBABILITY_TOLERANCE: Final = 1e-5, 1e-4
 MAX_EXAMPLES: Final = 5
 
 _TEXTS: Final = ("neutral_text", "encoded_text")
+_AWAY: Final = "store_unavailable"
 
 Mask = NDArray[np.bool_]
 Columns = Mapping[str, pa.ChunkedArray]
@@ -195,7 +202,13 @@ class Comparison:
                 found[chosen] = np.where(self._differs[name][chosen] & held, cause, found[chosen])
         for name, found in causes.items():
             found[self._differs[name] & self._category_differs(name)] = "different_category"
+            missing = np.asarray(self._served[name].is_null())
+            found[self._differs[name] & missing & self._away()] = "store_unavailable"
         return causes
+
+    def _away(self) -> Mask:
+        """Rows that were answered without the online store: page and ads are flagged alike."""
+        return np.asarray(pc.fill_null(pc.equal(self._rows.column("page_fallback"), _AWAY), False))
 
     def _one_life_before(self, rows: pa.Table, life: timedelta) -> tuple[Columns, Columns]:
         """Values of one lifetime before the requests, as known then and as known now."""

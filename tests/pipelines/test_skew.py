@@ -22,6 +22,7 @@ from driftline.pipelines.skew_causes import CAUSES
 from driftline.platform.bundle import Bundle
 from driftline.platform.errors import MissingArtefactError
 from driftline.platform.observation_settings import DecisionLogSettings
+from driftline.platform.processes import free_port
 from driftline.platform.windows import HOUR
 from driftline.platform.workspace import Workspace
 from driftline.serving.observing.decision_log import DecisionLog
@@ -52,7 +53,14 @@ def empty_log(market: TinyMarket) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def serve(market: TinyMarket, *, every: int, fresh: bool, delay: timedelta = 0 * HOUR) -> int:
+def serve(
+    market: TinyMarket,
+    *,
+    every: int,
+    fresh: bool,
+    delay: timedelta = 0 * HOUR,
+    store_is_away: bool = False,
+) -> int:
     """Answer some requests of the hour after ``AS_OF``; gives the number of rows.
 
     Args:
@@ -60,10 +68,16 @@ def serve(market: TinyMarket, *, every: int, fresh: bool, delay: timedelta = 0 *
         every: Only each so-manieth request.
         fresh: Whether the features are brought up to date before each request.
         delay: So much later than the log says.
+        store_is_away: Whether the online store is a Redis that does not run.
     """
     materialize(market.settings, as_of=AS_OF)
-    log = DecisionLog(market.settings, replica="r")
-    service = BundleService(market.settings, observers=[log])
+    settings, replica = market.settings, "r"
+    if store_is_away:
+        address = {"online": "redis", "redis_address": f"localhost:{free_port()}"}
+        store = settings.store.model_copy(update=address)
+        settings, replica = settings.model_copy(update={"store": store}), "away"
+    log = DecisionLog(settings, replica=replica)
+    service = BundleService(settings, observers=[log])
     service.look()
     form, num_rows = JsonForm(), 0
     for number, request in enumerate(market.requests(market.frame())[::every]):
@@ -75,7 +89,7 @@ def serve(market: TinyMarket, *, every: int, fresh: bool, delay: timedelta = 0 *
             "ad_product_ids": request.ads,
             "context": request.context,
             "time": (request.time + delay).isoformat(),
-            "request_id": f"view-{number}",
+            "request_id": f"{replica}-{number}",
         }
         service.sent(service.answer(orjson.dumps(body), form))
         num_rows += len(request.ads)
@@ -160,6 +174,29 @@ def test_values_that_expired_since_the_snapshot_are_explained(
     expired = report.features["ad__impressions_1h"]
     assert expired.causes.get("stale_snapshot", 0) > 0
     assert report.num_unexplained == 0
+
+
+def test_an_online_store_that_was_away_explains_what_was_not_served(
+    market: TinyMarket, bundle: Bundle, empty_log: Path
+) -> None:
+    num_here = serve(market, every=16, fresh=True)
+    num_away = serve(market, every=10, fresh=False, store_is_away=True)
+
+    report = check_skew(market.settings)
+
+    assert report.num_decisions == num_here + num_away
+    assert report.num_unexplained == 0
+    found = differing(report)
+    assert found["ad__category"] == found["page__text_id"] == {"store_unavailable": num_away}
+    assert {cause for causes in found.values() for cause in causes} == {"store_unavailable"}
+    assert set(report.probability.causes) == {"store_unavailable"}
+
+    def change(table: pa.Table) -> pa.Table:
+        return replaced(table, "served__ad__category", 0, "elsewhere")
+
+    bend(empty_log / "2026-01-02T12", change)
+    bent = differing(check_skew(market.settings))["ad__category"]
+    assert bent == {"store_unavailable": num_away - 1, "unexplained": 2}
 
 
 def test_a_bent_value_is_found_and_nothing_else(
