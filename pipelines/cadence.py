@@ -1,4 +1,4 @@
-"""The cadence service: materialisation, head and arms on the schedules of ``driftline plan``.
+"""The cadence service: values, head and arms on the schedules of ``driftline plan``.
 
 A scheduler (APScheduler, its state in SQLite) decides when; a warm Ray actor for each kind of job
 does the work, so that the hourly refresh pays for imports once. Each run has a row in the run log
@@ -23,6 +23,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 from driftline.pipelines.records import read_records
 from driftline.pipelines.run_log import Outcome, RunLog
 from driftline.pipelines.schedules import JOB_KINDS, Clock, JobKind, intervals
+from driftline.platform.registry import read_champion
 from driftline.platform.settings import DriftlineSettings, parse_settings
 from driftline.platform.windows import floor_time, format_time, parse_time
 from driftline.platform.workspace import Workspace
@@ -41,11 +42,15 @@ RUN_DUE: Final = "driftline.pipelines.cadence:run_due"
 
 
 def materialize(settings: DriftlineSettings, as_of: datetime) -> str:
-    """Bring the newest values online."""
+    """Bring the newest values online, and the vectors of texts that came with them."""
+    from driftline.pipelines.catalogue_vectors import encode_catalogue
     from driftline.pipelines.prepare import materialize_features
 
     materialize_features(settings, as_of=as_of)
-    return "online"
+    if read_champion(Workspace.of(settings).bundles) is None:
+        return "online"
+    report = encode_catalogue(settings, as_of=as_of)
+    return f"online; {report.num_encoded:,} new texts encoded"
 
 
 def head(settings: DriftlineSettings, as_of: datetime) -> str:

@@ -1,8 +1,8 @@
 """Vectors of products that came since the last refresh, for the bundles that are live now.
 
-``driftline catalogue encode CONFIG`` between two head refreshes: servers take what it writes within
-a second, and a new product is scored by its own text instead of the neutral one. The next head
-refresh puts these vectors into the cache of its bundle.
+After each materialisation of ``driftline up``, or by ``driftline catalogue encode CONFIG``: servers
+take what it writes within a second, and a new product is scored by its own text instead of the
+neutral one. The next head refresh puts these vectors into the cache of its bundle.
 """
 
 import logging
@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from driftline.features.texts import known_texts, write_product_sources
+from driftline.features.texts import known_texts
+from driftline.pipelines.prepare import read_catalogue
 from driftline.platform.bundle import ARMS, HEAD, TOKENIZER, Bundle, VectorCache
 from driftline.platform.errors import MissingArtefactError
 from driftline.platform.examples import Ragged
@@ -65,6 +66,11 @@ class EncodeReport:
         """For machines."""
         return asdict(self)
 
+    @property
+    def num_encoded(self) -> int:
+        """Texts that at least one bundle lacked."""
+        return max((one.num_texts for one in self.bundles), default=0)
+
 
 def encode_catalogue(
     settings: DriftlineSettings, *, as_of: datetime, progress: Progress | None = None
@@ -84,7 +90,7 @@ def encode_catalogue(
             f"{settings.name} has no champion to encode texts for; "
             "run `driftline refresh arms CONFIG` first"
         )
-    write_product_sources(settings)
+    read_catalogue(settings)
     texts = known_texts(settings, as_of=as_of)
     traffic = read_traffic(workspace.bundles)
     canary = [] if traffic.canary is None else [traffic.canary.bundle.path]

@@ -1,7 +1,8 @@
 """Bring features up to a moment: texts, counters, Feast objects, frames, online store."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +40,23 @@ def prepare_features(
     log = ImpressionLog.open(workspace.clean, settings)
     end = log.span.end if as_of is None else min(log.span.end, ceil_time(as_of, HOUR))
     window = Window(log.span.start, max(log.span.start, end))
-    workspace.features.mkdir(parents=True, exist_ok=True)
-    with FileLock(workspace.features / ".prepare.lock"):  # two jobs may ask at once
+    with _turn(workspace):
         _prepare(settings, log, window, progress=progress)
     return window
+
+
+def read_catalogue(settings: DriftlineSettings) -> None:
+    """Take in what the catalogue holds now, without waiting for the hour to end."""
+    with _turn(Workspace.of(settings)):
+        write_product_sources(settings)
+
+
+@contextmanager
+def _turn(workspace: Workspace) -> Iterator[None]:
+    """Two jobs may want to write features at once."""
+    workspace.features.mkdir(parents=True, exist_ok=True)
+    with FileLock(workspace.features / ".prepare.lock"):
+        yield
 
 
 def _prepare(

@@ -15,6 +15,7 @@ import psutil
 import pytest
 from tests.tiny_market import AS_OF, TinyMarket, tiny_settings
 
+from driftline.features.texts import known_texts, read_texts
 from driftline.pipelines.cadence import CadenceService
 from driftline.pipelines.operation import UpReport, down, up
 from driftline.pipelines.provenance import settings_hash
@@ -25,6 +26,7 @@ from driftline.pipelines.status import status, status_text
 from driftline.platform.errors import MissingArtefactError, ResourceError
 from driftline.platform.processes import family_members, free_port
 from driftline.platform.settings import DriftlineSettings
+from driftline.platform.vector_deltas import DeltaReader
 from driftline.platform.windows import HOUR, format_time
 from driftline.platform.workspace import Workspace
 from driftline.serving.client import ScoringClient
@@ -94,6 +96,31 @@ def test_a_run_is_recorded_with_its_moment_outcome_and_log(
     run = last(market.settings, "materialize")
     assert (run.outcome, run.as_of) == ("done", "2026-01-02T12:00:00Z")
     assert Path(run.log).exists()
+
+
+@pytest.mark.ray
+def test_new_texts_are_encoded_with_the_values_that_come_online(
+    tmp_path: Path, local_ray: None
+) -> None:
+    market = TinyMarket.make(tiny_settings(tmp_path, name="texts"))
+    service = CadenceService(market.settings, clock=CLOCK)
+    service.run("materialize", now=WALL)
+    assert last(market.settings, "materialize").message == "online"  # nobody to encode for
+    published = known_texts(market.settings, as_of=AS_OF)["text_id"].to_pylist()
+    later = set(read_texts(market.settings)["text_id"].to_pylist()) - set(published)
+    assert later
+    bundle = market.bundle(seed=2, num_uncached=len(published) // 2)
+    missing = set(published) - set(bundle.vectors.text_id.tolist())
+    assert missing
+    market.promote(bundle)
+
+    for num_new in (len(missing), 0):
+        service.run("materialize", now=WALL)
+        run = last(market.settings, "materialize")
+        assert (run.outcome, run.message) == ("done", f"online; {num_new} new texts encoded")
+        reader = DeltaReader(bundle)
+        reader.look()
+        assert [set(delta.vectors.text_id.tolist()) for delta in reader.deltas] == [missing]
 
 
 @pytest.mark.ray
