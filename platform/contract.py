@@ -11,7 +11,6 @@ import pyarrow as pa
 from driftline.platform.settings import DriftlineSettings
 
 TIME: Final = pa.timestamp("us", tz="UTC")
-KEY_TYPES: Final = (pa.int64(), pa.string())
 
 ARROW_TYPES: Final = {
     "text": pa.string(),

@@ -109,6 +109,25 @@ def store(
     return folder / "features", folder / "rows.arrow", folder / "pairs.arrow"
 
 
+@pytest.fixture
+def by_row(teacher: FrozenTeacher, store: tuple[Path, Path, Path]) -> dict[str, Any]:
+    """What a job is given that learns serialised rows from stored tensors, without the weights."""
+    features, rows, _ = store
+    return {
+        "teacher": FrozenTeacher(teacher.model),
+        "features": features,
+        "examples": rows,
+        "validation": rows,
+    }
+
+
+@pytest.fixture
+def by_pair(teacher: FrozenTeacher, store: tuple[Path, Path, Path]) -> dict[str, Any]:
+    """The same for pairs."""
+    features, _, pairs = store
+    return {"teacher": FrozenTeacher(teacher.model), "features": features, "examples": pairs}
+
+
 def matched(
     tiny_market: Any, folder: Path, spec: Any, settings: ObjectiveSettings, **changes: Any
 ) -> StageJob:
@@ -136,10 +155,10 @@ def test_stored_tensors_give_the_weights_of_a_live_teacher(
     tiny_market: Any,
     teacher: FrozenTeacher,
     student: SingleSpec,
-    store: tuple[Path, Path, Path],
+    by_row: dict[str, Any],
     tmp_path: Path,
 ) -> None:
-    features, rows, _ = store
+    rows = by_row["examples"]
     write_tokens(tmp_path / "all.arrow", replace(open_tokens(rows), teacher_rows=np.arange(60)))
     files = {"examples": tmp_path / "all.arrow", "validation": tmp_path / "all.arrow"}
     settings = objective(alpha=0.7, matches=ALL_MATCHES)
@@ -149,9 +168,7 @@ def test_stored_tensors_give_the_weights_of_a_live_teacher(
         tmp_path / "stored",
         student,
         settings,
-        teacher=FrozenTeacher(teacher.model),
-        features=features,
-        **files,
+        **(by_row | files),
     )
     first, second = run_stage(live), run_stage(stored)
     assert first.history[-1].keys() == second.history[-1].keys()
@@ -166,9 +183,9 @@ def test_stored_tensors_give_the_weights_of_a_live_teacher(
 
 def test_a_step_equals_the_plain_sum_of_its_parts_with_rows_that_lack_tensors(
     tiny_market: Any,
-    teacher: FrozenTeacher,
     student: SingleSpec,
     store: tuple[Path, Path, Path],
+    by_row: dict[str, Any],
     tmp_path: Path,
 ) -> None:
     features, rows, _ = store
@@ -180,10 +197,7 @@ def test_a_step_equals_the_plain_sum_of_its_parts_with_rows_that_lack_tensors(
         tmp_path,
         wide,
         objective(alpha=0.4, temperature=2, matches=[match]),
-        teacher=FrozenTeacher(teacher.model),
-        features=features,
-        examples=rows,
-        validation=rows,
+        **by_row,
         stage=stage,
     )
     found = run_stage(job).history[-1]
@@ -214,10 +228,9 @@ def test_a_step_equals_the_plain_sum_of_its_parts_with_rows_that_lack_tensors(
 def test_a_twin_student_is_matched_row_by_row_and_learns_the_match(
     tiny_market: Any,
     teacher: FrozenTeacher,
-    store: tuple[Path, Path, Path],
+    by_pair: dict[str, Any],
     tmp_path: Path,
 ) -> None:
-    features, _, pairs = store
     matches = [
         {"kind": "pkd", "layers": {"kind": "explicit", "pairs": [[2, 2]]}, "projection": PROJECTED},
         {"kind": "module", "student": "arms.ad", "teacher": "classifier.0"},
@@ -227,11 +240,9 @@ def test_a_twin_student_is_matched_row_by_row_and_learns_the_match(
     job = tiny_market.job(
         "twin",
         tmp_path,
-        examples=pairs,
-        validation=pairs,
+        validation=by_pair["examples"],
         objective=objective(alpha=0.5, matches=matches),
-        teacher=FrozenTeacher(teacher.model),
-        features=features,
+        **by_pair,
         stage=StageSettings(batch_size=64, num_epochs=2, learning_rate=3e-3),
     )
     history = run_stage(job).history
@@ -243,24 +254,20 @@ def test_a_twin_student_is_matched_row_by_row_and_learns_the_match(
 @pytest.mark.parametrize("kind", ["single", "twin"])
 def test_a_killed_stage_with_matches_ends_with_the_same_weights(
     tiny_market: Any,
-    teacher: FrozenTeacher,
     student: SingleSpec,
-    store: tuple[Path, Path, Path],
+    by_row: dict[str, Any],
+    by_pair: dict[str, Any],
     tmp_path: Path,
     kind: str,
 ) -> None:
-    features, rows, pairs = store
-
     def job(folder: Path) -> StageJob:
         if kind == "twin":
             match = {"kind": "pkd", "layers": {"kind": "explicit", "pairs": [[2, 2]]}}
             made: StageJob = tiny_market.job(
                 "twin",
                 folder,
-                examples=pairs,
                 objective=objective(matches=[{**match, "projection": "tanh"}]),
-                teacher=FrozenTeacher(teacher.model),
-                features=features,
+                **by_pair,
             )
             return made
         noisy = SingleSpec(encoder=student.encoder.model_copy(update={"dropout": 0.1}))
@@ -269,10 +276,7 @@ def test_a_killed_stage_with_matches_ends_with_the_same_weights(
             folder,
             noisy,
             objective(matches=ALL_MATCHES),
-            teacher=FrozenTeacher(teacher.model),
-            features=features,
-            examples=rows,
-            validation=rows,
+            **by_row,
         )
 
     whole, cut = job(tmp_path / "whole"), job(tmp_path / "cut")
@@ -295,15 +299,13 @@ def interrupt(job: StageJob, *, after: int) -> None:
 @pytest.mark.parametrize("kind", ["clicks", "tokens"])
 def test_the_losses_of_workers_add_up_to_that_of_the_whole_step(
     tiny_market: Any,
-    teacher: FrozenTeacher,
     language: FrozenTeacher,
     student: SingleSpec,
-    store: tuple[Path, Path, Path],
+    by_row: dict[str, Any],
     tmp_path: Path,
     num_workers: int,
     kind: str,
 ) -> None:
-    features, rows, _ = store
     top: Any = {"layers": {"kind": "explicit", "pairs": [[-1, -1]]}}
     every: dict[str, Any] = dict.fromkeys(("nst", "attention_kl"), top)
     every |= {name: top | {"projection": "linear"} for name in ("fsp", "cos", "pkd", "hidden_mse")}
@@ -312,7 +314,7 @@ def test_the_losses_of_workers_add_up_to_that_of_the_whole_step(
     )
     job = matched(
         tiny_market, tmp_path, student, settings,
-        teacher=FrozenTeacher(teacher.model), features=features, examples=rows, validation=rows,
+        **by_row,
     )  # fmt: skip
     if kind == "tokens":
         spec = quiet(tiny_market.twin, hidden_size=NARROW)
@@ -343,19 +345,15 @@ def test_a_job_with_a_teacher_survives_json_and_is_known_by_all_it_depends_on(
     tiny_market: Any,
     teacher: FrozenTeacher,
     student: SingleSpec,
-    store: tuple[Path, Path, Path],
+    by_row: dict[str, Any],
     tmp_path: Path,
 ) -> None:
-    features, rows, _ = store
     job = matched(
         tiny_market,
         tmp_path,
         student,
         objective(matches=ALL_MATCHES),
-        teacher=FrozenTeacher(teacher.model),
-        features=features,
-        examples=rows,
-        validation=rows,
+        **by_row,
     )
     assert StageJob.from_json(job.to_json()).identity() == job.identity()
     live = replace(job, teacher=teacher, features=None)
@@ -378,16 +376,13 @@ def refusal(job: StageJob, error: type[Exception]) -> str:
 
 
 def test_matches_of_tokens_are_refused_where_the_two_read_different_ones(
-    tiny_market: Any, teacher: FrozenTeacher, store: tuple[Path, Path, Path], tmp_path: Path
+    tiny_market: Any, teacher: FrozenTeacher, by_pair: dict[str, Any], tmp_path: Path
 ) -> None:
-    features, _, pairs = store
     job = tiny_market.job(
         "twin",
         tmp_path,
-        examples=pairs,
         objective=objective(matches=["hidden_mse"]),
-        teacher=FrozenTeacher(teacher.model),
-        features=features,
+        **by_pair,
     )
     message = refusal(job, SettingsError)
     assert "the student reads 'two product texts a row'" in message
@@ -398,16 +393,15 @@ def test_matches_of_tokens_are_refused_where_the_two_read_different_ones(
 
 def test_a_store_that_does_not_fit_is_refused(
     tiny_market: Any,
-    teacher: FrozenTeacher,
     student: SingleSpec,
-    store: tuple[Path, Path, Path],
+    by_row: dict[str, Any],
     tmp_path: Path,
 ) -> None:
-    features, rows, _ = store
+    rows = by_row["examples"]
     settings = objective(matches=[ALL_MATCHES[0]])
     job = matched(
         tiny_market, tmp_path, student, settings,
-        teacher=FrozenTeacher(teacher.model), features=features, examples=rows, validation=rows,
+        **by_row,
     )  # fmt: skip
     assert "are of teacher aaaaaaaaaaaa, the labels are of bbbb" in refusal(
         replace(job, label_teacher="b" * 64), ContractError
