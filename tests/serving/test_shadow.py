@@ -73,16 +73,24 @@ class Resting(ShadowScorer):
         return
 
 
-def test_figures_are_those_of_scoring_everything_twice(
-    live: tuple[BundleService, LiveBundle, list[Answer]],
-) -> None:
-    _, shadow, answers = live
+def after_all(answers: list[Answer], shadow: LiveBundle) -> dict[str, Any]:
+    """Figures of a shadow that has scored all answers."""
     scorer = Resting(IDLE)
     scorer.follow((shadow,))
     for answer in answers:
         scorer.answered(answer)
     while scorer.score_next():
         pass
+    (figures,) = scorer.status()["bundles"]
+    assert isinstance(figures, dict)
+    return figures
+
+
+def test_figures_are_those_of_scoring_everything_twice(
+    live: tuple[BundleService, LiveBundle, list[Answer]],
+) -> None:
+    _, shadow, answers = live
+    figures = after_all(answers, shadow)
 
     moved, ranked, other_top = [], [], []
     for answer in answers:
@@ -94,7 +102,6 @@ def test_figures_are_those_of_scoring_everything_twice(
             orders = [np.argsort(np.argsort(values)) for values in (ours, theirs)]
             ranked.append(np.corrcoef(orders[0], orders[1])[0, 1])
             other_top.append(ours.argmax() != theirs.argmax())
-    (figures,) = scorer.status()["bundles"]
     assert figures["requests"] == len(answers)
     assert figures["mean_logit_difference"] == pytest.approx(np.mean(moved), rel=1e-6)
     assert figures["largest_logit_difference"] == pytest.approx(np.max(moved), rel=1e-6)
@@ -110,13 +117,7 @@ def test_a_shadow_like_the_champion_agrees_in_everything(
     service, _, answers = live
     twin = service.try_out(BundleRef(7, first.fingerprint, first.path))
     object.__setattr__(twin.prepared.bundle, "manifest", {"fingerprint": "a twin"})
-    scorer = Resting(IDLE)
-    scorer.follow((twin,))
-    for answer in answers:
-        scorer.answered(answer)
-    while scorer.score_next():
-        pass
-    (figures,) = scorer.status()["bundles"]
+    figures = after_all(answers, twin)
     assert figures["requests"] == len(answers)
     assert figures["largest_logit_difference"] < 1e-4  # frames and requests differ by rounding
     assert figures["mean_rank_correlation"] == pytest.approx(1)
@@ -143,13 +144,7 @@ def test_a_shadow_that_fails_is_counted_and_harms_nobody(
 ) -> None:
     _, shadow, answers = live
     object.__setattr__(shadow.prepared.scorer.calibration, "slope", float("nan"))
-    scorer = Resting(IDLE)
-    scorer.follow((shadow,))
-    for answer in answers:
-        scorer.answered(answer)
-    while scorer.score_next():
-        pass
-    (figures,) = scorer.status()["bundles"]
+    figures = after_all(answers, shadow)
     assert (figures["requests"], figures["errors"]) == (0, len(answers))
     assert figures["mean_logit_difference"] is None
 
