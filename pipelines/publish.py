@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -25,10 +26,13 @@ from driftline.platform.registry import Registry, read_champion
 from driftline.platform.sampling import part_mask, request_keys
 from driftline.platform.scorer import Scorer
 from driftline.platform.settings import DriftlineSettings
+from driftline.platform.traffic import read_traffic
 from driftline.platform.windows import Window, format_time, parse_time
 from driftline.platform.workspace import Workspace
 
 logger = logging.getLogger(__name__)
+
+Outcome = Literal["promoted", "canary", "refused"]
 
 NUM_ADS_TIMED = 100
 NEW_ITEM_HOURS = 24
@@ -118,10 +122,16 @@ def _decide(
         }
         | {name: value for name, value in verdict.figures.items() if value is not None},
     )
-    if verdict.promote:
-        registry.promote(version, promoted_at=as_of, reasons=verdict.reasons)
-    else:
-        registry.log_refusal(version, reasons=verdict.reasons, decided_at=as_of)
+    decision: Outcome = "promoted" if verdict.promote else "refused"
+    reasons = verdict.reasons
+    is_live = live_now is not None and live_now.fingerprint == bundle.fingerprint
+    if verdict.promote and settings.gate.promote == "canary" and champion and not is_live:
+        decision, said = _put_up(settings, version, bundle)
+        reasons = (*reasons, said)
+    if decision == "promoted":
+        registry.promote(version, promoted_at=as_of, reasons=reasons)
+    elif decision == "refused":
+        registry.log_refusal(version, reasons=reasons, decided_at=as_of)
     page = record_path(workspace, kind, as_of).with_suffix(".html")
     write_gate_page(verdict, page, title=f"{kind} refresh {format_time(as_of)}")
     if not verdict.promote and champion is None:
@@ -129,15 +139,15 @@ def _decide(
             f"the first bundle {bundle.fingerprint} was refused: {'; '.join(verdict.reasons)}; "
             f"see {page}; mend the cause and run it again"
         )
-    live = champion if champion is not None and not verdict.promote else bundle
+    live = champion if champion is not None and decision != "promoted" else bundle
     record = RefreshRecord(
         kind=kind,
         as_of=format_time(as_of),
         bundle=bundle.fingerprint,
         parent=champion.fingerprint if champion else None,
-        decision="promoted" if verdict.promote else "refused",
+        decision=decision,
         settings=settings_hash(settings),
-        reasons=verdict.reasons,
+        reasons=reasons,
         num_rows=challenger.num_rows,
         seconds=round(challenger.seconds, 3),
         core_seconds=round(challenger.core_seconds, 3),
@@ -157,6 +167,32 @@ def _decide(
         "; ".join(record.reasons),
     )
     return record
+
+
+def _put_up(settings: DriftlineSettings, version: int, bundle: Bundle) -> tuple[Outcome, str]:
+    """Try a bundle that passed the gate as canary, unless another one is being judged.
+
+    The one that is there stays: if each hour's bundle replaced it, none would ever be judged. But
+    arms do not wait behind heads, because there is always another head.
+    """
+    from driftline.serving.rollout.delivery import Delivery  # the whole server: seconds to import
+
+    traffic = read_traffic(Workspace.of(settings).bundles)
+    there, share = traffic.canary, settings.serving.delivery.canary_share
+    answers = f"it answers {share:.0%} of the request keys as canary"
+    if there is not None and there.bundle.version == version:
+        return "canary", answers  # put up by a refresh that was killed before its record
+    by = f"{bundle.lineage['kind']} refresh"
+    delivery = Delivery(settings, by=by, via="automatic")
+    if there is not None:
+        if (traffic.by, by) != ("head refresh", "arms refresh"):
+            return "refused", (
+                f"it passed, but canary version {there.bundle.version} is still being judged "
+                "(`driftline traffic CONFIG --read-out`)"
+            )
+        delivery.stop(reasons=(f"an {by} takes its place",), shadows=False)
+    delivery.deploy_canary(bundle.fingerprint, share=share)
+    return "canary", answers
 
 
 def judge_bundle(

@@ -22,7 +22,9 @@ class RefreshRecord:
     bundle: str
     parent: str | None
     """Fingerprint of the champion it was judged against."""
-    decision: Literal["promoted", "refused"]
+    decision: Literal["promoted", "canary", "refused"]
+    """``canary``: it passed the gate and was put up beside the champion; the registry knows what
+    became of it."""
     reasons: tuple[str, ...]
     settings: str
     """Hash of the settings it was made with."""

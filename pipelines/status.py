@@ -122,16 +122,15 @@ def _tiers(settings: DriftlineSettings, *, now: datetime) -> dict[str, Any]:
     workspace = Workspace.of(settings)
     path = materialized_path(settings)
     online = read_json(path) if path.exists() else {}
-    arms = [
-        r.as_of for r in read_records(workspace) if (r.decision, r.kind) == ("promoted", "arms")
-    ]
     champion = champion_facts(workspace)
     tiers: dict[str, Any] = {}
     for name in TIERS:
         tier = settings.tiers[name]
         views = [view.name for view in feature_views(settings) if view.tier == name]
         times = [online[view]["as_of"] for view in views if view in online]
-        trained = max(arms, default=None) if name == "long" else (champion or {}).get("as_of")
+        trained = None
+        if champion is not None:
+            trained = _arms_as_of(workspace, champion) if name == "long" else champion["as_of"]
         tiers[name] = {
             "value_age_hours": _age_hours(min(times, default=None), now=now),
             "value_freshness_hours": tier.value_freshness_hours,
@@ -139,6 +138,16 @@ def _tiers(settings: DriftlineSettings, *, now: datetime) -> dict[str, Any]:
             "parameter_freshness_hours": tier.parameter_freshness_hours,
         }
     return tiers
+
+
+def _arms_as_of(workspace: Workspace, champion: Mapping[str, Any]) -> str | None:
+    """What the champion's arms know up to: the moment of the arms refresh that they come from."""
+    for record in reversed(read_records(workspace)):
+        manifest = workspace.bundles / record.bundle / "manifest.json"
+        is_there = record.kind == "arms" and manifest.exists()
+        if is_there and read_json(manifest)["lineage"]["arms"] == champion["arms"]:
+            return record.as_of
+    return None
 
 
 def _age_hours(moment: str | None, *, now: datetime) -> float | None:

@@ -5,7 +5,7 @@ The same is done every minute by the cadence service of ``driftline up``.
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from driftline.pipelines.read_out import ReadOut, read_out
 from driftline.pipelines.traffic_decision import Decision, decide
 from driftline.platform.errors import DriftlineError
+from driftline.platform.registry import Registry
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.traffic import read_traffic
 from driftline.platform.workspace import Workspace
@@ -47,9 +48,20 @@ def act_on_canary(settings: DriftlineSettings, *, delivery: Delivery, now: datet
     match decision.action:
         case "withdraw":
             delivery.stop(reasons=decision.reasons, shadows=False)
+            _refuse(settings, found.canary.bundle.version, decision.reasons, now=now)
         case "promote":
             delivery.deploy_champion(found.canary.bundle.fingerprint, reasons=decision.reasons)
     return Verdict(found, decision)
+
+
+def _refuse(
+    settings: DriftlineSettings, version: int, reasons: Sequence[str], *, now: datetime
+) -> None:
+    """Write down what became of a refreshed bundle that nobody had decided about before."""
+    registry = Registry(settings, Workspace.of(settings))
+    (known,) = (one for one in registry.versions() if one.version == version)
+    if known.decision == "pending":
+        registry.log_refusal(version, reasons=reasons, decided_at=now)
 
 
 def watch_canaries(settings: DriftlineSettings, *, until: threading.Event) -> None:

@@ -17,6 +17,8 @@ class DeliverySettings(Settings):
 
     automatic: bool = True
     """``driftline up`` decides by itself; else ``driftline traffic CONFIG --decide`` does."""
+    canary_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Of the request keys, for a refreshed bundle; only with ``gate.promote: canary``."""
     decide_seconds: PositiveFloat = 60.0
     """How often ``driftline up`` looks."""
     confidence: Share = 0.95

@@ -24,6 +24,12 @@ from driftline.platform.observation_settings import (
 class GateSettings(Settings):
     """A challenger is promoted only within these bounds, on the newest matured slice."""
 
+    promote: Literal["champion", "canary"] = "champion"
+    """What becomes of a refreshed bundle that passed. ``champion``: it answers at once. ``canary``:
+    it answers ``serving.delivery.canary_share`` of the requests until the rules there promote or
+    withdraw it, which takes a decision log and clicks. One at a time: a bundle that passes while
+    another is judged is refused; but an arms refresh takes the place of a head's canary. The first
+    bundle of a market is promoted, and so are replays'."""
     slice_hours: PositiveInt = 24
     """Length of the newest matured slice; only requests of the gate part are judged."""
     min_rows: PositiveInt = 200

@@ -185,6 +185,15 @@ class DriftlineSettings(Settings):
         return self
 
     @model_validator(mode="after")
+    def _canaries_can_be_judged(self) -> Self:
+        if self.gate.promote == "canary" and not self.serving.decision_log.sample_rate:
+            raise ValueError(
+                "gate.promote 'canary' needs the decision log to judge by: "
+                "serving.decision_log.sample_rate must be above 0, got 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _search_tries_strategies(self) -> Self:
         if self.search is not None:
             try:

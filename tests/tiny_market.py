@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -106,12 +106,15 @@ class TinyMarket:
         """Offline rows of the hours after ``AS_OF``: what a server is asked then."""
         return read_frames(self.settings, Window(AS_OF, AS_OF + num_hours * HOUR))
 
-    def bundle(self, *, seed: int, num_uncached: int = 0) -> Bundle:
+    def bundle(
+        self, *, seed: int, num_uncached: int = 0, kind: Literal["arms", "head"] = "arms"
+    ) -> Bundle:
         """A bundle of random weights.
 
         Args:
             seed: Of the weights.
             num_uncached: So many of the texts have no vector in the cache.
+            kind: Of the refresh that it says it comes from.
         """
         settings, scratch = self.settings, Workspace.of(self.settings).scratch / f"tiny-{seed}"
         scratch.mkdir(parents=True, exist_ok=True)
@@ -168,7 +171,7 @@ class TinyMarket:
                 contract=bundle_contract(settings),
                 lineage=lineage(
                     settings,
-                    kind="arms",
+                    kind=kind,
                     as_of=AS_OF,
                     window=seen,
                     num_rows=0,
