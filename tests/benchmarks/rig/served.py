@@ -90,8 +90,9 @@ class Served:
             f"p99 {result.percentile_ms(99):.2f} ms, {result.throughput:.0f}/s, "
             f"{result.num_errors} errors"
         )
-        num = len(result.records) + result.first
-        return Measured(result, {group: 1e3 * s / max(num, 1) for group, s in spent.items()})
+        share = float(result.good.mean()) if len(result.records) else 0.0
+        answered = max(share * (len(result.records) + result.first), 1)
+        return Measured(result, {group: 1e3 * s / answered for group, s in spent.items()})
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Measured:
 
     result: Result
     cpu_ms: dict[str, float]
-    """Processor milliseconds of each request, warm-up included, by group of processes."""
+    """Processor milliseconds for each good answer, warm-up included, by group of processes."""
 
     @property
     def waited_ms(self) -> float:
