@@ -235,6 +235,12 @@ def quality(student: Any, teacher: Any, sizes: Sizes) -> dict[str, Any]:
     }
 
 
+def decay(sizes: Sizes) -> dict[str, Any]:
+    """A rate that falls in a line: else the last batches decide how good a student is."""
+    steps = sizes.epochs * math.ceil(sizes.rows / sizes.batch)
+    return {"lr_lambda": lambda step: 1 - step / steps}
+
+
 def load_teacher(sizes: Sizes, weights: str) -> Any:
     from safetensors.torch import load_file
 
@@ -264,6 +270,7 @@ def ragged_ours(sizes: Sizes, *, weights: str, match: str, seed: int) -> dict[st
     objective = ObjectiveSettings.model_validate({"preset": "textbrewer", "matches": matches})
     distiller = Distiller(student, objective, teacher_shape=shape_of(teacher))
     optimizer = torch.optim.AdamW(distiller.parameter_groups(), lr=sizes.student_rate, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, **decay(sizes))
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder, timed() as spent:
         keys = distiller.teacher_keys
@@ -296,6 +303,7 @@ def ragged_ours(sizes: Sizes, *, weights: str, match: str, seed: int) -> dict[st
             losses = distiller(batch, stored=TeacherTensors(logits[chosen], features))
             losses.total.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+            schedule.step()
             optimizer.zero_grad()
     return spent.figures(sizes, pass_seconds) | quality(student, teacher, sizes)
 
@@ -337,7 +345,14 @@ def ragged_textbrewer(sizes: Sizes, *, weights: str, match: str, seed: int) -> d
         distiller = kind(training, distillation, teacher, student, adaptor, adaptor)
         loader: Any = DataLoader(rows, sizes.batch, shuffle=True, collate_fn=padded)  # type: ignore[arg-type]
         with distiller:
-            distiller.train(optimizer, loader, num_epochs=sizes.epochs, callback=None)
+            distiller.train(
+                optimizer,
+                loader,
+                num_epochs=sizes.epochs,
+                scheduler_class=torch.optim.lr_scheduler.LambdaLR,
+                scheduler_args=decay(sizes),
+                callback=None,
+            )
     return spent.figures(sizes, 0.0) | quality(student, teacher, sizes)
 
 
