@@ -23,6 +23,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 from driftline.pipelines.records import read_records
 from driftline.pipelines.run_log import Outcome, RunLog
 from driftline.pipelines.schedules import JOB_KINDS, Clock, JobKind, intervals
+from driftline.platform.priority import step_back
 from driftline.platform.registry import read_champion
 from driftline.platform.settings import DriftlineSettings, parse_settings
 from driftline.platform.windows import floor_time, format_time, parse_time
@@ -78,6 +79,7 @@ class CadenceWorker:
     """Runs jobs one after the other; stays warm in between. A Ray actor."""
 
     def __init__(self, market: dict[str, Any]) -> None:
+        step_back()
         self._settings = parse_settings(market, origin="of the cadence service")
 
     def run(self, kind: JobKind, as_of: str, log: str) -> str:

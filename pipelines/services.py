@@ -17,6 +17,7 @@ from driftline.pipelines.console import quiet_libraries
 from driftline.platform.artefacts import read_json, write_json
 from driftline.platform.errors import DriftlineError
 from driftline.platform.loopback import RAY_OF_MANY_MACHINES, is_loopback, ray_on_loopback
+from driftline.platform.priority import FOREGROUND
 from driftline.platform.processes import stop_event
 from driftline.platform.settings import DriftlineSettings, parse_settings
 from driftline.platform.workspace import Workspace
@@ -33,6 +34,7 @@ def hold_ray(settings: DriftlineSettings, *, ready: Path, parent: int, scratch: 
     import ray
 
     shutil.rmtree(scratch / "ray", ignore_errors=True)  # what a killed one left
+    os.environ.update(FOREGROUND)
     with ray_on_loopback() if is_loopback(settings.serving.host) else nullcontext():
         try:
             context = ray.init(

