@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,8 @@ def server(answer: Answer) -> Iterator[str]:
             pass
         finally:
             writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()  # else the socket may be found open when the loop ends
 
     async def main(stop: asyncio.Event) -> None:
         listening = await asyncio.start_server(connected, "127.0.0.1", 0)
@@ -52,6 +54,7 @@ def server(answer: Answer) -> Iterator[str]:
         up.set()
         await stop.wait()
         listening.close()
+        await asyncio.sleep(0)  # a connection that was just accepted must begin to be closed
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()

@@ -170,7 +170,7 @@ def test_an_altered_champion_is_refused_and_the_old_one_stays(
 
 BROKEN: dict[str, tuple[str, str]] = {
     "not JSON": ("{", "Expecting property name"),
-    "no fingerprint": ('{"version": 1}', "KeyError"),
+    "no fingerprint": ('{"version": 1}', "CHAMPION lacks"),
     "wrong folder": ("other", "the registry names"),
     "no folder": ("gone", "is no bundle"),
 }
