@@ -183,10 +183,9 @@ class OnlineFeatures:
         """The same from the catalogue, for who asks."""
         found = places.found()
         each_ad = np.arange(len(places.rows) - 1)
-        ordered = [found[wanted.view.name] for wanted in self._wanted]
         return tuple(
-            Part(wanted, slots, None if wanted.view.entity == "product" else each_ad)
-            for wanted, slots in ordered
+            Part(one, found[one.view.name], None if one.view.entity == "product" else each_ad)
+            for one in self._wanted
         )
 
     def status(self, *, now: datetime) -> dict[str, Any]:
@@ -244,8 +243,8 @@ class OnlineFeatures:
             return new
         if isinstance(old, SnapshotVersion) and old.has_lookups_of(new):
             return replace(new, catalogue=old.catalogue)
-        max_bytes = self._settings.serving.folded_megabytes * 10**6
         lookups = list(new.lookups.values())
+        max_bytes = self._settings.serving.max_folded_bytes
         made = Catalogue.of(lookups, self._category, max_bytes=max_bytes)
         return replace(new, catalogue=made)
 

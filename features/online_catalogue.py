@@ -8,9 +8,8 @@ about a hundred bytes a product in each process, so catalogues above a bound do 
 Shape suffixes: P products, W views, C categories, K requested products, B ads.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Final, Self
 
 import numpy as np
@@ -76,10 +75,10 @@ class Catalogue:
         if not held or max(map(len, held)) * width * 12 > max_bytes:
             return None
         keys = _distinct([snapshot.keys() for snapshot in held])
-        codes, values = _categories(products, category, keys)
+        columns = [one.find(keys).slots for one in products]
+        codes, values = _categories(products, columns, category)
         if "category_pair" in groups and len(values) ** 2 > MAX_PAIRS:
             return None
-        columns = [one.find(keys).slots for one in products]
         used = list(products)
         if (by_category := groups.get("category")) is not None:
             columns.append(by_category.find(values).slots.take(codes[:-1]))
@@ -102,11 +101,6 @@ class Catalogue:
             pairs=None if by_pair is None else _pairs(by_pair, values),
         )
 
-    @cached_property
-    def views(self) -> tuple[View, ...]:
-        """Those of ``wanted``."""
-        return tuple(one.view for one in self.wanted)
-
     def __len__(self) -> int:
         return len(self.slots) - 1
 
@@ -120,6 +114,12 @@ class Catalogue:
             codes = self.codes.take(rows)
             pair_slots = self.pairs.slots[codes[0]].take(codes[1:])
         return Places(self, rows, event_us, pair_slots)
+
+    def found(self, rows: Slots) -> dict[str, Found]:
+        """Slots by view of the products in some places, but for pairs. ``[K]`` each."""
+        slots_KW = self.slots.take(rows, axis=0).astype(np.int64)
+        views = zip(self.wanted, self.tables, slots_KW.T, strict=True)
+        return {wanted.view.name: Found(table, slots_K) for wanted, table, slots_K in views}
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,8 @@ class Places:
     def oldest_by_view(self) -> list[tuple[View, int]]:
         """Each view and the event time of its oldest value here, ``NEVER_US`` if there is none."""
         oldest_us = self.event_us.min(axis=0).tolist()
-        found = list(zip(self.catalogue.views, oldest_us, strict=True))
+        views = (one.view for one in self.catalogue.wanted)
+        found = list(zip(views, oldest_us, strict=True))
         pairs = self.catalogue.pairs
         if pairs is not None and self.pair_slots is not None:
             times_us = pairs.event_us.take(self.pair_slots)
@@ -160,20 +161,16 @@ class Places:
         old = catalogue.pairs.event_us.take(self.pair_slots) < moment_us
         return len(np.unique(self.pair_slots[old]))
 
-    def found(self) -> Mapping[str, tuple[Wanted, Found]]:
-        """Slots in each view: of page and ads in views of products, else of the ads."""
+    def found(self) -> dict[str, Found]:
+        """Slots by view: of page and ads in views of products ``[B + 1]``, else of the ads."""
         catalogue = self.catalogue
-        slots = catalogue.slots.take(self.rows, axis=0).astype(np.int64)
-        found = {}
-        for place, (wanted, table) in enumerate(
-            zip(catalogue.wanted, catalogue.tables, strict=True)
-        ):
-            first = 0 if place < catalogue.num_products else 1
-            found[wanted.view.name] = wanted, Found(table, slots[first:, place])
+        found = catalogue.found(self.rows)
+        for wanted in catalogue.wanted[catalogue.num_products :]:
+            of_all = found[wanted.view.name]
+            found[wanted.view.name] = Found(of_all.table, of_all.slots[1:])
         if catalogue.pairs is not None and self.pair_slots is not None:
             pairs = catalogue.pairs
-            ads = Found(pairs.table, self.pair_slots.astype(np.int64))
-            found[pairs.wanted.view.name] = pairs.wanted, ads
+            found[pairs.wanted.view.name] = Found(pairs.table, self.pair_slots.astype(np.int64))
         return found
 
 
@@ -188,15 +185,20 @@ def _distinct(columns: Sequence[pa.ChunkedArray]) -> pa.Array:
 
 
 def _categories(
-    products: Sequence[SnapshotLookup], category: str | None, keys: pa.Array
+    products: Sequence[SnapshotLookup], columns: Sequence[Slots], category: str | None
 ) -> tuple[NDArray[np.int32], list[Any]]:
-    """Code of each product's category ``[P + 1]``, and the names, ``None`` last ``[C + 1]``."""
-    for one in products:
+    """Code of each product's category ``[P + 1]``, and the names, ``None`` last ``[C + 1]``.
+
+    Args:
+        products: The views of products.
+        columns: Slots of all products in each. ``[P]``.
+        category: The feature.
+    """
+    for one, slots in zip(products, columns, strict=True):
         if category in one.wanted.categories:
             codes, values = one.table.categories[category]
-            of_products = np.append(codes.take(one.find(keys).slots), -1).astype(np.int32)
-            return of_products, values.tolist()
-    return np.full(len(keys) + 1, -1, np.int32), [None]
+            return np.append(codes.take(slots), -1).astype(np.int32), values.tolist()
+    return np.full(len(columns[0]) + 1, -1, np.int32), [None]
 
 
 def _pairs(lookup: SnapshotLookup, values: Sequence[str | None]) -> Pairs:

@@ -91,6 +91,11 @@ class ServingSettings(Settings):
     Relative to the workspace; made with a random token, readable by its owner alone, when it is
     not there. Without it there is no administration over HTTP."""
 
+    @property
+    def max_folded_bytes(self) -> int:
+        """``folded_megabytes`` in bytes."""
+        return self.folded_megabytes * 10**6
+
 
 class CadenceSettings(Settings):
     """When ``driftline up`` runs what; the intervals themselves follow from the tiers."""

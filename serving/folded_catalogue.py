@@ -56,22 +56,17 @@ class FoldedCatalogue:
         uncached = np.empty(num, bool)
         for first in range(0, num, CHUNK):
             part = slice(first, first + CHUNK)
-            slots = catalogue.slots[part].astype(np.int64)
-            found = {
-                wanted.view.name: Found(table, slots[:, place])
-                for place, (wanted, table) in enumerate(
-                    zip(catalogue.wanted, catalogue.tables, strict=True)
-                )
-            }
-            text_ids = text_ids_of(found, len(slots))
+            rows_K = np.arange(first, min(first + CHUNK, num))
+            found = catalogue.found(rows_K)
+            text_ids = text_ids_of(found, len(rows_K))
             places = scorer.vectors.rows(text_ids)
             uncached[part] = (places < 0) & (text_ids > 0)
-            page[part] = sides["page"].states(scorer, rows, found, num_rows=len(slots))
+            page[part] = sides["page"].states(scorer, rows, found, num_rows=len(rows_K))
             page[part] += scorer.projected.page[places]
-            ad[part] = sides["ad"].states(scorer, rows, found, num_rows=len(slots))
+            ad[part] = sides["ad"].states(scorer, rows, found, num_rows=len(rows_K))
             ad[part] += scorer.projected.ad[places]
             if "ad_category" in sides:
-                ad[part] += sides["ad_category"].states(scorer, rows, found, num_rows=len(slots))
+                ad[part] += sides["ad_category"].states(scorer, rows, found, num_rows=len(rows_K))
         if pairs is None:
             return cls(page, ad, None, uncached)
         every = {pairs.wanted.view.name: Found(pairs.table, np.arange(num_pairs))}

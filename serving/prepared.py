@@ -58,8 +58,7 @@ class PreparedBundle:
         """
         check_features(bundle, settings)
         scorer = Scorer.of(bundle)
-        max_bytes = settings.serving.folded_megabytes * 10**6
-        requests = RequestScorer(scorer, max_folded_bytes=max_bytes)
+        requests = RequestScorer(scorer, max_folded_bytes=settings.serving.max_folded_bytes)
         if version is not None:
             requests.prepare(version)
         encodes = settings.serving.unknown_product == "encode"

@@ -112,7 +112,7 @@ class RequestScorer:
         states_BV += page_1V + scorer.projected.page[places[:1]]
         for part in parts:
             if part.rows is not None:
-                side = sides[aliases(part.wanted.view)[0]]
+                side = sides[part.aliases[0]]
                 found = {part.wanted.view.name: part.found}
                 groups = side.states(scorer, rows, found, num_rows=len(part.found.slots))
                 states_BV += groups.take(part.rows, axis=0)

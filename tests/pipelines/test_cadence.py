@@ -5,7 +5,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from tests.listening import listeners
 from tests.tiny_market import AS_OF, TinyMarket, tiny_settings
 
 from driftline.features.texts import known_texts, read_texts
@@ -235,15 +235,7 @@ def test_up_serves_the_champion_and_refreshes_on_schedule(raised: Raised) -> Non
 
 @pytest.mark.ray
 def test_all_that_up_starts_listens_on_loopback_only(raised: Raised) -> None:
-    heard = set()
-    for process in family_members(raised.family):
-        with suppress(psutil.NoSuchProcess):  # Ray's workers come and go
-            heard |= {
-                (connection.laddr.ip.removeprefix("::ffff:"), process.name())
-                for connection in process.net_connections(kind="inet")
-                if connection.status == psutil.CONN_LISTEN
-            }
-
+    heard = {(one.ip.removeprefix("::ffff:"), one.process) for one in listeners(raised.family)}
     assert len(heard) > 3
     assert {ip for ip, _ in heard} == {"127.0.0.1"}, heard
 

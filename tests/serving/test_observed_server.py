@@ -7,14 +7,14 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
-import psutil
 import pytest
+from tests.listening import listeners
 from tests.tiny_market import AS_OF, TinyMarket
 
 from driftline.features.decisions import read_decisions
 from driftline.features.store import materialize
 from driftline.platform.bundle import Bundle
-from driftline.platform.processes import family_members, free_port
+from driftline.platform.processes import free_port
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.workspace import Workspace
 from driftline.serving.server import ServingHandle, start_serving
@@ -91,12 +91,9 @@ def test_rays_agent_exports_the_replica(server: ServingHandle, settings: Driftli
 
 def test_our_ray_listens_on_loopback_only(server: ServingHandle) -> None:
     open_to_others = {
-        (process.name(), connection.laddr)
-        for process in family_members(server.family)
-        if process.name() != "haproxy"
-        for connection in process.net_connections(kind="inet")
-        if connection.status == psutil.CONN_LISTEN
-        and connection.laddr.ip not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")
+        one
+        for one in listeners(server.family)
+        if one.process != "haproxy" and one.ip not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")
     }
     assert open_to_others == set()
 

@@ -6,12 +6,12 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+from tests.listening import listeners
 from tests.tiny_market import AS_OF, TinyMarket
 
 from driftline.features.store import materialize
@@ -222,15 +222,7 @@ def test_a_client_that_breaks_off_does_no_harm(server: ServingHandle) -> None:
 
 def test_the_port_is_bound_to_loopback_only(server: ServingHandle) -> None:
     port = int(server.url.rsplit(":", 1)[1])
-    hosts = set()
-    for process in family_members(server.family):
-        with suppress(psutil.NoSuchProcess):  # Ray's workers come and go
-            hosts |= {
-                connection.laddr.ip
-                for connection in process.net_connections(kind="inet")
-                if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
-            }
-    assert hosts == {"127.0.0.1"}
+    assert {one.ip for one in listeners(server.family) if one.port == port} == {"127.0.0.1"}
 
 
 def test_a_taken_port_is_refused_before_anything_starts(

@@ -14,6 +14,7 @@ import grpc
 import numpy as np
 import psutil
 import pytest
+from tests.listening import listeners
 from tests.tiny_market import AS_OF, TinyMarket
 
 from driftline.features.store import materialize
@@ -125,15 +126,7 @@ def test_a_refused_call_says_why(
 
 
 def test_everything_listens_on_loopback_only(server: ServingHandle) -> None:
-    heard = set()
-    for process in family_members(server.family):
-        with suppress(psutil.NoSuchProcess):  # Ray's workers come and go
-            heard |= {
-                (connection.laddr.ip.removeprefix("::ffff:"), process.name())
-                for connection in process.net_connections(kind="inet")
-                if connection.status == psutil.CONN_LISTEN
-            }
-
+    heard = {(one.ip.removeprefix("::ffff:"), one.process) for one in listeners(server.family)}
     assert len(heard) > 3
     assert {ip for ip, _ in heard} == {"127.0.0.1"}, heard
 
