@@ -14,7 +14,7 @@ from driftline.serving.observing.decision_log import DecisionLog
 from driftline.serving.observing.metrics import CONTENT_TYPE, Sample, ServingMetrics, exposition
 from driftline.serving.observing.metrics_ray import RayMetrics
 from driftline.serving.observing.slow_requests import SlowRequests
-from driftline.serving.transport.asgi import Page
+from driftline.serving.transport.pages import Page
 
 METRICS, SLOW = "/metrics", "/v1/slow"
 TARGETS: Final = "prometheus-targets.json"

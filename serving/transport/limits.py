@@ -7,6 +7,7 @@ its own, requests would queue where nobody can count them: in the loop and in so
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from types import CoroutineType
 from typing import Any, Final
 
@@ -31,7 +32,7 @@ class WaitingLine:
     def __init__(self, *, max_waiting: int, max_seconds: float) -> None:
         self._max_waiting = max_waiting
         self._max_seconds = max_seconds
-        self._line: deque[asyncio.Future[None]] = deque()
+        self._line: deque[tuple[float, Callable[[float], None]]] = deque()
         self._taken = False
 
     def __len__(self) -> int:
@@ -47,33 +48,54 @@ class WaitingLine:
         if len(self._line) >= self._max_waiting:
             raise too_busy(f"{len(self._line)} requests wait already", allowed=self._max_waiting)
 
+    def enter(self, serve: Callable[[float], None]) -> None:
+        """Have ``serve`` called in its turn, with the seconds it waited; at once if nobody waits.
+
+        Raises:
+            RefusedRequestError: the line is full.
+        """
+        loop = asyncio.get_running_loop()
+        if self._taken:
+            self.check()
+            self._line.append((loop.time(), serve))
+        else:
+            self._taken = True
+            loop.call_soon(self._next, loop)
+            serve(0.0)
+
+    def check_wait(self, seconds: float) -> None:
+        """Turn away who waited longer than an answer is of use.
+
+        Raises:
+            RefusedRequestError: 503, to be sent again later.
+        """
+        if seconds > self._max_seconds:
+            raise waited_too_long(seconds, allowed=self._max_seconds)
+
     async def turn(self) -> None:
         """Wait until it is this request's turn to be scored.
 
         Raises:
             RefusedRequestError: the line is full, or the wait was too long.
         """
-        loop = asyncio.get_running_loop()
-        if not self._taken:
-            self._taken = True
-            loop.call_soon(self._next, loop)
-            return
-        self.check()
-        arrived, place = loop.time(), loop.create_future()
-        self._line.append(place)
-        await place  # cancelled: the place stays in the line and is skipped
-        waited = loop.time() - arrived
-        if waited > self._max_seconds:
-            raise waited_too_long(waited, allowed=self._max_seconds)
+        place: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        self.enter(partial(_wake, place))
+        self.check_wait(await place)
 
     def _next(self, loop: asyncio.AbstractEventLoop) -> None:
-        while self._line:
-            place = self._line.popleft()
-            if not place.done():
-                place.set_result(None)
-                loop.call_soon(self._next, loop)  # after the request that was just woken
-                return
-        self._taken = False
+        if not self._line:
+            self._taken = False
+            return
+        since, serve = self._line.popleft()
+        try:
+            serve(loop.time() - since)
+        finally:
+            loop.call_soon(self._next, loop)  # after whatever was woken
+
+
+def _wake(place: asyncio.Future[float], waited: float) -> None:
+    if not place.done():  # else whoever waited has given up
+        place.set_result(waited)
 
 
 class HeldBytes:

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from driftline.serving.transport.guard import Guard, face_of_this_process
+from driftline.serving.transport.guard import Guard
+from driftline.serving.transport.replica_face import face_of_this_process
 
 
 def passed_on(scope: dict[str, Any]) -> dict[str, Any]:
