@@ -1,11 +1,11 @@
 """All products of a snapshot in one numbering, so that a request is looked up once.
 
 Each view has its own slots; a request would look in all of them, and then in the views of
-categories. Here a product's slot in every view, its category's, and the times of all these values
+categories. Here a product's slot in every view, its category's, and how old all these values are
 stand side by side. Computed in the background when a snapshot comes, and never changed. Costs
 about a hundred bytes a product in each process, so catalogues above a bound do without.
 
-Shape suffixes: P products, W views, C categories, K requested products, B ads.
+Shape suffixes: P products, W views, T tiers, C categories, K requested products, B ads.
 """
 
 from collections.abc import Sequence
@@ -37,6 +37,8 @@ class Pairs:
     """``[C + 1, C + 1]``, the last ones for a product without a category."""
     event_us: NDArray[np.int64]
     """By slot; ``NEVER_US`` for a pair that is not there."""
+    clock: int
+    """Its tier's place among the catalogue's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +53,11 @@ class Catalogue:
     """Views of products: the first of ``wanted``."""
     slots: NDArray[np.int32]
     """``[P + 1, W]``"""
-    event_us: NDArray[np.int64]
-    """Event time of each value, ``NEVER_US`` where there is none. ``[P + 1, W]``."""
+    clocks: tuple[View, ...]
+    """A view of each tier in here; all views of a tier have one clock. ``[T]``."""
+    oldest_us: NDArray[np.int64]
+    """Event time of a product's oldest value in each tier, ``NEVER_US`` where there is none: as a
+    page, then as an ad, to which its category's values belong. ``[P + 1, 2T]``."""
     codes: NDArray[np.int32]
     """Category of each product. ``[P + 1]``."""
     pairs: Pairs | None
@@ -71,8 +76,9 @@ class Catalogue:
         products = [one for one in lookups if one.wanted.view.entity == "product"]
         groups = {one.wanted.view.entity: one for one in lookups if one not in products}
         held = [one.snapshot for one in products if one.snapshot is not None]
-        width = len(products) + 1
-        if not held or max(map(len, held)) * width * 12 > max_bytes:
+        clocks = tuple({one.wanted.view.tier: one.wanted.view for one in lookups}.values())
+        num_bytes = 4 * (len(products) + 1) + 16 * len(clocks)
+        if not held or max(map(len, held)) * num_bytes > max_bytes:
             return None
         keys = _distinct([snapshot.keys() for snapshot in held])
         columns = [one.find(keys).slots for one in products]
@@ -84,11 +90,16 @@ class Catalogue:
             columns.append(by_category.find(values).slots.take(codes[:-1]))
             used.append(by_category)
         slots = np.full((len(keys) + 1, len(columns)), -1, np.int32)
-        event_us = np.full(slots.shape, NEVER_US)
+        oldest_us = np.full((len(slots), 2 * len(clocks)), NEVER_US)
+        tiers = [clock.tier for clock in clocks]
         for place, (column, one) in enumerate(zip(columns, used, strict=True)):
             slots[:-1, place] = column
-            known = column >= 0
-            event_us[:-1, place][known] = one.table.event_us.take(column[known])
+            event_us = np.where(column < 0, NEVER_US, one.table.event_us.take(column))
+            tier = tiers.index(one.wanted.view.tier)
+            read_as = (0, len(tiers)) if one in products else (len(tiers),)
+            for first in read_as:
+                oldest = oldest_us[:-1, first + tier]
+                np.minimum(oldest, event_us, out=oldest)
         by_pair = groups.get("category_pair")
         return cls(
             index=build_key_index(keys),
@@ -96,9 +107,10 @@ class Catalogue:
             tables=tuple(one.table for one in used),
             num_products=len(products),
             slots=slots,
-            event_us=event_us,
+            clocks=clocks,
+            oldest_us=oldest_us,
             codes=codes,
-            pairs=None if by_pair is None else _pairs(by_pair, values),
+            pairs=None if by_pair is None else _pairs(by_pair, values, tiers),
         )
 
     def __len__(self) -> int:
@@ -107,13 +119,11 @@ class Catalogue:
     def find(self, keys: Keys) -> "Places":
         """Where a page and its ads stand. ``[B + 1]``, the page first."""
         rows = self.index.rows(keys)
-        event_us = self.event_us.take(rows, axis=0)
-        event_us[0, self.num_products :] = NEVER_US  # a page's own category gives it nothing
         pair_slots = None
         if self.pairs is not None:
             codes = self.codes.take(rows)
             pair_slots = self.pairs.slots[codes[0]].take(codes[1:])
-        return Places(self, rows, event_us, pair_slots)
+        return Places(self, rows, pair_slots)
 
     def found(self, rows: Slots) -> dict[str, Found]:
         """Slots by view of the products in some places, but for pairs. ``[K]`` each."""
@@ -129,37 +139,21 @@ class Places:
     catalogue: Catalogue
     rows: Slots
     """-1 for an unknown product. ``[B + 1]``."""
-    event_us: NDArray[np.int64]
-    """``[B + 1, W]``"""
     pair_slots: NDArray[np.int32] | None
     """Slot of each ad's pair of categories. ``[B]``."""
 
-    def oldest_by_view(self) -> list[tuple[View, int]]:
-        """Each view and the event time of its oldest value here, ``NEVER_US`` if there is none."""
-        oldest_us = self.event_us.min(axis=0).tolist()
-        views = (one.view for one in self.catalogue.wanted)
-        found = list(zip(views, oldest_us, strict=True))
-        pairs = self.catalogue.pairs
+    def oldest_us(self) -> list[int]:
+        """Event time of the oldest value used of each tier, ``NEVER_US`` if none is. ``[T]``."""
+        catalogue, num = self.catalogue, len(self.catalogue.clocks)
+        times_us = catalogue.oldest_us.take(self.rows, axis=0)
+        page = times_us[0, :num].tolist()
+        ads = np.minimum.reduce(times_us[1:, num:], axis=0, initial=NEVER_US).tolist()
+        oldest = list(map(min, page, ads))
+        pairs = catalogue.pairs
         if pairs is not None and self.pair_slots is not None:
-            times_us = pairs.event_us.take(self.pair_slots)
-            found.append((pairs.wanted.view, int(times_us.min(initial=NEVER_US))))
-        return found
-
-    def num_before(self, place: int, moment_us: int) -> int:
-        """Values of a view, by its place in ``oldest_by_view``, from before a moment.
-
-        A page or an ad is one in views of products; in others a category or a pair is.
-        """
-        catalogue = self.catalogue
-        if place < catalogue.num_products:
-            return int((self.event_us[:, place] < moment_us).sum())
-        if place < len(catalogue.wanted):
-            old = self.event_us[:, place] < moment_us
-            return len(np.unique(catalogue.slots.take(self.rows[old], axis=0)[:, place]))
-        assert catalogue.pairs is not None
-        assert self.pair_slots is not None
-        old = catalogue.pairs.event_us.take(self.pair_slots) < moment_us
-        return len(np.unique(self.pair_slots[old]))
+            of_pairs = pairs.event_us.take(self.pair_slots).min(initial=NEVER_US)
+            oldest[pairs.clock] = min(oldest[pairs.clock], int(of_pairs))
+        return oldest
 
     def found(self) -> dict[str, Found]:
         """Slots by view: of page and ads in views of products ``[B + 1]``, else of the ads."""
@@ -172,6 +166,21 @@ class Places:
             pairs = catalogue.pairs
             found[pairs.wanted.view.name] = Found(pairs.table, self.pair_slots.astype(np.int64))
         return found
+
+    def found_once(self) -> list[tuple[View, Found]]:
+        """The same, but each category, and each pair of categories, stands there once."""
+        pairs = self.catalogue.pairs
+        every = (*self.catalogue.wanted, *(() if pairs is None else (pairs.wanted,)))
+        views = {one.view.name: one.view for one in every}
+        return [
+            (view, found if view.entity == "product" else _once(found))
+            for name, found in self.found().items()
+            for view in (views[name],)
+        ]
+
+
+def _once(found: Found) -> Found:
+    return Found(found.table, np.unique(found.slots))
 
 
 def _distinct(columns: Sequence[pa.ChunkedArray]) -> pa.Array:
@@ -201,7 +210,7 @@ def _categories(
     return np.full(len(columns[0]) + 1, -1, np.int32), [None]
 
 
-def _pairs(lookup: SnapshotLookup, values: Sequence[str | None]) -> Pairs:
+def _pairs(lookup: SnapshotLookup, values: Sequence[str | None], tiers: Sequence[str]) -> Pairs:
     slots = np.full((len(values), len(values)), -1, np.int32)
     for page, name in enumerate(values):
         if name is not None:
@@ -209,4 +218,5 @@ def _pairs(lookup: SnapshotLookup, values: Sequence[str | None]) -> Pairs:
             slots[page] = lookup.find(keys).slots
     event_us = lookup.table.event_us.copy()
     event_us[-1] = NEVER_US
-    return Pairs(lookup.wanted, lookup.table, slots, event_us)
+    clock = tiers.index(lookup.wanted.view.tier)
+    return Pairs(lookup.wanted, lookup.table, slots, event_us, clock)

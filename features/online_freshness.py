@@ -89,21 +89,20 @@ class Ages:
 
     def add_places(self, places: "Places", now_us: int) -> bool:
         """The same for all views at once; ``False``, and nothing noted, if a value has expired."""
-        stale = []
-        views = places.oldest_by_view()
-        for place, (view, oldest_us) in enumerate(views):
-            if now_us - oldest_us > view.value_freshness // MICROSECOND:
-                if view.expires:
-                    return False
-                stale.append(place)
-        for place in stale:
-            view, oldest_us = views[place]
-            limit_us = view.value_freshness // MICROSECOND
-            number = places.num_before(place, now_us - limit_us)
-            self._handle(view, number, age_us=now_us - oldest_us, limit_us=limit_us)
-        for place, (view, oldest_us) in enumerate(views):
-            known = oldest_us if oldest_us < NEVER_US else None
-            self._note(view.tier, known, stale=place in stale)
+        oldest = list(zip(places.catalogue.clocks, places.oldest_us(), strict=True))
+        stale = [
+            clock
+            for clock, oldest_us in oldest
+            if now_us - oldest_us > clock.value_freshness // MICROSECOND
+        ]
+        if any(clock.expires for clock in stale):
+            return False
+        if stale:  # rare: which views are it, and how many values?
+            for view, found in places.found_once():
+                self.add(view, found, now_us)
+        else:
+            for clock, oldest_us in oldest:
+                self._tiers[clock.tier] = (oldest_us if oldest_us < NEVER_US else None), False
         return True
 
     def by_tier(self, now_us: int) -> dict[str, tuple[float, bool]]:

@@ -5,6 +5,7 @@ in one folder with a manifest of content hashes. A head is valid only with the v
 trained on; because both stand under one fingerprint, no other combination can be loaded.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import InitVar, asdict, dataclass
 from functools import cached_property
@@ -53,8 +54,12 @@ class Calibration:
 
     def probabilities(self, logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
         """Click probabilities, float64. ``[B]`` to ``[B]``."""
-        moved = logits.astype(np.float64) + np.log(self.keep_rate)
-        return 1.0 / (1.0 + np.exp(-(self.slope * moved + self.intercept)))
+        odds = logits.astype(np.float64)  # against a click, in the end; one array for all
+        odds *= -self.slope
+        odds -= self.slope * math.log(self.keep_rate) + self.intercept
+        np.exp(odds, out=odds)
+        odds += 1.0
+        return np.reciprocal(odds, out=odds)
 
 
 @dataclass(frozen=True)

@@ -132,16 +132,16 @@ class FusedHead:
     def finish(self, states_BV: Float32) -> Float32:
         """From the output of the first layer, which is overwritten, to logits. ``[B, 2]``."""
         states = states_BV
-        for weight_WX, bias_X in self.further:
-            np.maximum(states, self._zeros[: len(weight_WX)], out=states)
+        for zeros_W, weight_WX, bias_X in self._further:
+            np.maximum(states, zeros_W, out=states)
             states = states @ weight_WX
             states += bias_X
         return states
 
     @cached_property
-    def _zeros(self) -> Float32:
-        """As wide as the widest layer: NumPy compares rows with a row faster than with a number."""
-        return np.zeros(max((len(weight) for weight, _ in self.further), default=0), np.float32)
+    def _further(self) -> list[tuple[Float32, Float32, Float32]]:
+        """With zeros: NumPy compares rows with a row faster than with a number."""
+        return [(np.zeros(len(weight), np.float32), weight, bias) for weight, bias in self.further]
 
 
 def _once(table_NV: Float32, rows_B: NDArray[np.integer[Any]]) -> Float32:

@@ -33,8 +33,8 @@ class FoldedCatalogue:
     """With what the ad's category adds. ``[P + 1, V]``."""
     pair: Float32 | None
     """By slot of the view of pairs. ``[S + 1, V]``."""
-    uncached: NDArray[np.bool_]
-    """Whether a product has a text without a cached vector. ``[P + 1]``."""
+    uncached: NDArray[np.bool_] | None
+    """Whether a product has a text without a cached vector; ``None`` if none has. ``[P + 1]``."""
 
     @classmethod
     def of(
@@ -67,20 +67,24 @@ class FoldedCatalogue:
             ad[part] += scorer.projected.ad[places]
             if "ad_category" in sides:
                 ad[part] += sides["ad_category"].states(scorer, rows, found, num_rows=len(rows_K))
-        if pairs is None:
-            return cls(page, ad, None, uncached)
-        every = {pairs.wanted.view.name: Found(pairs.table, np.arange(num_pairs))}
-        pair = sides["category_pair"].states(scorer, rows, every, num_rows=num_pairs)
-        return cls(page, ad, pair, uncached)
+        pair = None
+        if pairs is not None:
+            every = {pairs.wanted.view.name: Found(pairs.table, np.arange(num_pairs))}
+            pair = sides["category_pair"].states(scorer, rows, every, num_rows=num_pairs)
+        return cls(page, ad, pair, uncached if uncached.any() else None)
 
-    def states(self, places: Places) -> tuple[Float32, NDArray[np.bool_]]:
-        """Share of page and ads ``[B, V]``; which texts are not cached ``[B + 1]``."""
+    def states(self, places: Places, impression_V: Float32) -> Float32:
+        """The first layer of each ad, with what the impression adds. ``[B, V]``."""
         rows = places.rows
         states_BV = self.ad.take(rows[1:], axis=0)
-        states_BV += self.page[rows[0]]
+        states_BV += self.page[rows[0]] + impression_V
         if self.pair is not None and places.pair_slots is not None:
             states_BV += self.pair.take(places.pair_slots, axis=0)
-        return states_BV, self.uncached.take(rows)
+        return states_BV
+
+    def uncached_of(self, places: Places) -> NDArray[np.bool_] | None:
+        """Which texts of page and ads are not cached; ``None`` for none. ``[B + 1]``."""
+        return None if self.uncached is None else self.uncached.take(places.rows)
 
 
 def text_ids_of(found: Mapping[str, Found], num: int) -> NDArray[np.int64]:

@@ -11,7 +11,7 @@ V width of the first layer.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Final, Self
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -23,6 +23,9 @@ from driftline.platform.tabular import CategoryVocabulary, TabularEncoder
 
 Float32 = NDArray[np.float32]
 Rows = NDArray[np.int64]
+
+MAX_KNOWN: Final = 4_096
+"""Impressions whose share of the first layer is remembered: half a kilobyte each."""
 
 
 class CategoryRows:
@@ -138,6 +141,8 @@ class Impression:
     numbers: TabularEncoder
     weights: Float32
     """``[F, V]``"""
+    known: dict[tuple[int, ...], Float32]
+    """Shares of the newest combinations of categories. ``[V]`` each."""
 
     @classmethod
     def of(cls, scorer: Scorer, names: Sequence[str]) -> Self:
@@ -147,17 +152,21 @@ class Impression:
         read = tuple(name for name in names if name in numbers)
         tabular, inputs = scorer.tabular.selected(read)
         kinds = tuple(name for name in names if name in categories)
-        return cls(read, kinds, tabular, scorer.fused.numbers[inputs])
+        return cls(read, kinds, tabular, scorer.fused.numbers[inputs], {})
 
     def state(
         self, scorer: Scorer, rows: CategoryRows, context: Mapping[str, str | float | None]
     ) -> Float32:
-        """Its share of the first layer. ``[V]``."""
-        state_V = scorer.fused.bias.copy()
-        for name in self.category_names:
-            state_V += scorer.fused.categories[rows.of_value(name, context.get(name))]
+        """Its share of the first layer, not to be changed. ``[V]``."""
+        places = tuple([rows.of_value(name, context.get(name)) for name in self.category_names])
+        state_V = self.known.get(places)
+        if state_V is None:
+            state_V = scorer.fused.categories[list(places)].sum(axis=0) + scorer.fused.bias
+            if len(self.known) >= MAX_KNOWN:
+                self.known.clear()
+            self.known[places] = state_V
         if self.number_names:
             values = [context.get(name) for name in self.number_names]
             raw_N1 = np.array([[np.nan if value is None else value] for value in values], float)
-            state_V += (self.numbers.normalise(raw_N1) @ self.weights)[0]
+            state_V = state_V + (self.numbers.normalise(raw_N1) @ self.weights)[0]
         return state_V

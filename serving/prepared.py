@@ -90,12 +90,14 @@ class PreparedBundle:
         """Probabilities of a request's ads, and which texts had no vector in the cache."""
         requests = self.requests
         found = requests.score(read)
-        if self.encoder is not None and (found.page_uncached or found.ads_uncached.any()):
+        if found.uncached is None or not found.uncached.any():
+            return Scored(found.probabilities, Text.USUAL, {})
+        if self.encoder is not None:
             return _score_encoding(read, requests.scorer, self.encoder)
         return Scored(
             probabilities=found.probabilities,
-            page=Text.NEUTRAL if found.page_uncached else Text.USUAL,
-            ads=dict.fromkeys(np.flatnonzero(found.ads_uncached).tolist(), Text.NEUTRAL),
+            page=Text.NEUTRAL if found.uncached[0] else Text.USUAL,
+            ads=dict.fromkeys(np.flatnonzero(found.uncached[1:]).tolist(), Text.NEUTRAL),
         )
 
 
@@ -129,7 +131,7 @@ class Scored:
             return "store_unavailable", dict.fromkeys(range(read.num_ads), "store_unavailable")
         page = "unknown_product" if read.unknown_page else _REASONS.get(self.page)
         ads = {place: _REASONS[text] for place, text in self.ads.items()}
-        if read.unknown_ads.any():
+        if np.count_nonzero(read.unknown_ads):
             unknown = np.flatnonzero(read.unknown_ads).tolist()
             ads = dict(sorted((ads | dict.fromkeys(unknown, "unknown_product")).items()))
         return page, ads

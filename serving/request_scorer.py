@@ -27,10 +27,9 @@ class RequestScore:
 
     probabilities: NDArray[np.float64]
     """Click probability of each ad, on the natural click rate. ``[B]``."""
-    page_uncached: bool
-    """The page has a text without a cached vector; the neutral one was taken."""
-    ads_uncached: NDArray[np.bool_]
-    """The same for each ad. ``[B]``."""
+    uncached: NDArray[np.bool_] | None
+    """Which of page and ads have a text without a cached vector, so that the neutral one was taken;
+    ``None`` for none. ``[B + 1]``."""
 
 
 class RequestScorer:
@@ -70,22 +69,18 @@ class RequestScorer:
         """Score the page and ads of a read."""
         logits_B2, uncached = self.logits(read)
         logits_B2 = logits_B2.astype(np.float64)
-        return RequestScore(
-            probabilities=self.scorer.calibration.probabilities(logits_B2[:, 1] - logits_B2[:, 0]),
-            page_uncached=bool(uncached[0]),
-            ads_uncached=uncached[1:],
-        )
+        odds = logits_B2[:, 1] - logits_B2[:, 0]
+        return RequestScore(self.scorer.calibration.probabilities(odds), uncached)
 
-    def logits(self, read: OnlineRead) -> tuple[Float32, NDArray[np.bool_]]:
-        """Of no click and click ``[B, 2]``; and which texts are not cached ``[B + 1]``."""
-        places = read.places
+    def logits(self, read: OnlineRead) -> tuple[Float32, NDArray[np.bool_] | None]:
+        """Of no click and click ``[B, 2]``; and which texts are not cached, as in the score."""
+        impression_V, places = self.impression(read), read.places
         folded = None if places is None else self._folded.get(places.catalogue)
         if places is None or folded is None:
-            states_BV, uncached = self._from_tables(read)
-        else:
-            states_BV, uncached = folded.states(places)
-        states_BV += self.impression(read)
-        return self.scorer.fused.finish(states_BV), uncached
+            states_BV, uncached = self._from_tables(read, impression_V)
+            return self.scorer.fused.finish(states_BV), uncached
+        states_BV = folded.states(places, impression_V)
+        return self.scorer.fused.finish(states_BV), folded.uncached_of(places)
 
     def impression(self, read: OnlineRead) -> Float32:
         """What the impression itself adds to the first layer, and its bias. ``[V]``."""
@@ -97,8 +92,10 @@ class RequestScorer:
         """What was folded of a catalogue, if it was."""
         return self._folded.get(catalogue)
 
-    def _from_tables(self, read: OnlineRead) -> tuple[Float32, NDArray[np.bool_]]:
-        """Share of all but the impression ``[B, V]``; which texts are not cached ``[B + 1]``."""
+    def _from_tables(
+        self, read: OnlineRead, impression_V: Float32
+    ) -> tuple[Float32, NDArray[np.bool_]]:
+        """The first layer ``[B, V]``; which texts are not cached ``[B + 1]``."""
         scorer, rows, parts = self.scorer, self._rows, read.parts
         sides = self._sides or self._settle(tuple(part.wanted for part in parts))
         products = {p.wanted.view.name: p.found for p in parts if p.rows is None}
@@ -109,7 +106,7 @@ class RequestScorer:
         states_BV = sides["ad"].states(scorer, rows, ads, num_rows=read.num_ads)
         states_BV += scorer.projected.ad.take(places[1:], axis=0)
         page_1V = sides["page"].states(scorer, rows, page, num_rows=1)
-        states_BV += page_1V + scorer.projected.page[places[:1]]
+        states_BV += page_1V + scorer.projected.page[places[:1]] + impression_V
         for part in parts:
             if part.rows is not None:
                 side = sides[part.aliases[0]]

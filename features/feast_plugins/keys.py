@@ -229,6 +229,8 @@ def _search(haystack: NDArray[Any], order: Rows | None, keys: NDArray[Any]) -> R
 
 def _integers(keys: Keys) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None]:
     """Keys as integers, and which of them are missing (none: ``None``)."""
+    if isinstance(keys, np.ndarray) and keys.dtype == np.int64:
+        return keys, None
     if isinstance(keys, (pa.Array, pa.ChunkedArray)):
         column = as_key_type(keys, pa.int64(), "the column of requested keys")
         if not column.null_count:

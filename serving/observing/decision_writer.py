@@ -88,10 +88,15 @@ class DecisionWriter:
             self.counts.rows_waiting -= oldest.num_rows
             self.counts.rows_dropped += oldest.num_rows
 
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to write, whatever waits."""
+        return self._clock() >= self._next_write
+
     def flush_if_due(self) -> None:
         """Write when it is time, or when enough rows wait and the last write went well."""
         full = self.counts.rows_waiting >= self._settings.flush_rows and not self._is_failing
-        if full or self._clock() >= self._next_write:
+        if full or self.is_due:
             self.flush()
 
     def flush(self) -> None:

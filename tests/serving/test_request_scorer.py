@@ -68,9 +68,10 @@ def test_a_request_scores_as_its_frame(
     np.testing.assert_allclose(found.probabilities, scorer.score(read.columns), atol=1e-6)
     ids = np.column_stack([read.columns[name] for name in ("page__text_id", "ad__text_id")])
     uncached = (scorer.text_rows(read.columns) < 0) & (ids > 0)
-    assert found.ads_uncached.tolist() == uncached[:, 1].tolist()
+    named = np.zeros(len(ads) + 1, bool) if found.uncached is None else found.uncached
+    assert named[1:].tolist() == uncached[:, 1].tolist()
     if ads:
-        assert found.page_uncached == bool(uncached[0, 0])
+        assert named[0] == uncached[0, 0]
 
 
 def test_another_snapshot_brings_its_own_categories(

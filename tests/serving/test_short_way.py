@@ -7,7 +7,7 @@ import asyncio
 import http.client
 import io
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
@@ -66,7 +66,7 @@ def service(market: TinyMarket, first: Bundle) -> BundleService:
 class Server(NamedTuple):
     face: Watched
     connections: set[Any]
-    ask: Callable[..., Awaitable[list[Reply]]]
+    ask: Callable[..., Coroutine[Any, Any, list[Reply]]]
 
 
 @asynccontextmanager
