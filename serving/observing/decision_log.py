@@ -54,6 +54,7 @@ class DecisionLog:
         self._replica = replica
         self._rate = own.sample_rate
         self._max_rows = own.max_waiting_rows
+        self._many_rows = min(ROWS_AT_ONCE, own.flush_rows, own.max_waiting_rows // 2)
         self._writer = writer or DecisionWriter(
             Workspace.of(settings).decisions, replica=replica, settings=own
         )
@@ -98,7 +99,7 @@ class DecisionLog:
 
     def _look(self) -> None:
         """Let answers wait until there are many: one alone costs ten times more to write down."""
-        if self._rows_put - self._rows_taken >= ROWS_AT_ONCE or self._writer.is_due:
+        if self._rows_put - self._rows_taken >= self._many_rows or self._writer.is_due:
             self.drain()
 
     def drain(self) -> None:
