@@ -11,6 +11,9 @@ becomes HAProxy. So:
 - where more requests are under way than the lines of the replicas that answer may hold, the next is
   refused at once, before it costs Python anything. What is under way is counted, not connections,
   and only scoring is refused: health and status are answered under any load;
+- a scoring request whose replica dies before it answers is sent to another one, because scoring
+  changes nothing (Ray: lost). It must fit into HAProxy's buffer of 16 KB. No other POST is sent
+  twice;
 - where no replica answers, a request is refused at once. Ray Serve would hand it to a proxy of its
   own, which waits for a replica until the client is tired of it;
 - no line of log is sent for a request (Ray: one to port 514, where mostly nobody listens, for a
@@ -34,6 +37,7 @@ PLAIN: Final = {
 }
 METHODS: Final = "GET HEAD POST PUT PATCH DELETE OPTIONS TRACE CONNECT"
 """Others are refused here: the server behind would not say so in our form."""
+READING: Final = "GET HEAD"
 UNREACHABLE: Final = (500, 502, 503, 504)
 CONNECT_MILLISECONDS: Final = 200
 """How long a replica may take to accept a connection, and the pause before the only one is tried
@@ -101,11 +105,13 @@ def _answers(bodies: Path, settings: ServingSettings) -> list[str]:
         *(rf"/^defaults$/a\    {line}" for line in defaults),
         rf"/^frontend http_frontend$/a\    {_rule(bodies, strange)} unless {{ method {METHODS} }}",
         r"/^    http-request set-var(txn.may_hold) /d",
+        r"/^    http-request disable-l7-retry /d",
         r"/^    http-request return status 503 content-type application\/json file /d",
         *(
             rf"/^backend http-/a\    {rule}"
             for rule in (
                 f"{_rule(bodies, away)} if {{ nbsrv lt 1 }}",
+                f"http-request disable-l7-retry if !{{ path {SCORE} }} !{{ method {READING} }}",
                 f"http-request set-var(txn.may_hold) nbsrv,mul({limit})",
                 f"{_rule(bodies, busy)} if {{ path {SCORE} }} {{ be_conn,sub(txn.may_hold) gt 0 }}",
             )

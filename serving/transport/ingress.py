@@ -59,6 +59,7 @@ def ingress_environment(settings: ServingSettings, *, scratch: Path | None) -> d
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",  # see haproxy.py
         "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",  # a replica that refuses connections is gone
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",

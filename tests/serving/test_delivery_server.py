@@ -1,12 +1,17 @@
 """Delivery through the whole server: HAProxy, Ray Serve, replicas that follow by themselves."""
 
+import http.client
 import json
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.benchmarks.rig.usage import replicas
 from tests.tiny_market import TinyMarket
 
 from driftline.platform.bundle import Bundle
@@ -75,6 +80,35 @@ def test_two_replicas_agree_about_every_key_and_administration_needs_the_token(
         time.sleep(0.2)
     status, answer = ask(server, "GET", "routes", token=token)
     assert answer["live"]["canary"] is None
+
+
+def test_a_killed_replica_costs_no_request(server: ServingHandle) -> None:
+    address = server.url.removeprefix("http://")
+    body = b'{"page_product_id": 100001, "ad_product_ids": [100002]}'
+    enough = threading.Event()
+
+    def drive() -> list[int]:
+        found = []
+        with closing(http.client.HTTPConnection(address, timeout=10)) as connection:
+            while not enough.is_set():
+                connection.request("POST", "/v1/score", body)
+                response = connection.getresponse()
+                response.read()
+                found.append(response.status)
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        driven = [pool.submit(drive) for _ in range(4)]
+        try:
+            time.sleep(0.5)
+            replicas(server.family)[0].kill()
+            time.sleep(1.5)
+        finally:
+            enough.set()
+        statuses = [status for one in driven for status in one.result()]
+
+    assert len(statuses) > 100
+    assert set(statuses) == {200}
 
 
 def ask(
