@@ -18,8 +18,10 @@ from ray import serve
 from ray.serve import Application
 
 from driftline.platform.errors import ResourceError
+from driftline.platform.priority import OwnCore
 from driftline.platform.settings import DriftlineSettings, Settings, load_settings, parse_settings
 from driftline.serving.observing.observation import Observation
+from driftline.serving.observing.repeating import Repeating
 from driftline.serving.rollout.admin import with_administration
 from driftline.serving.service import BundleService
 from driftline.serving.transport.asgi import HttpFace
@@ -36,6 +38,9 @@ HEALTH_CHECK_SECONDS: Final = 1.0
 started. Ray Serve's own is 10 s."""
 SWITCH_SECONDS: Final = 0.0005
 """How long a request waits for a thread of ours that has the interpreter; Python's own is 5 ms."""
+
+CORE_SECONDS: Final = 2.0
+"""How often a replica looks whether a core is free for it, until it has one."""
 
 
 class ServingAppSettings(Settings):
@@ -84,6 +89,9 @@ class ScoringReplica:
         self._observation.follow(self._service.status, waiting=lambda: len(self.face.line))
         self._service.start()
         self._observation.start()
+        if settings.serving.own_cores:
+            core = OwnCore()
+            Repeating("own-core", seconds=CORE_SECONDS, action=core.take).start()
 
     def __del__(self) -> None:
         """Ray Serve calls this when the replica goes: write what waits."""

@@ -22,6 +22,7 @@ from pydantic import model_validator as check
 
 from driftline.platform.data_settings import Settings
 from driftline.platform.errors import ArtefactError
+from driftline.platform.priority import roam
 from driftline.platform.settings import DriftlineSettings
 from driftline.platform.workspace import Workspace
 from driftline.serving.rollout.admin_token import check_token, make_token, token_path
@@ -149,7 +150,7 @@ class AdminFace:
         self._settings = settings
         self._token = token
         self._status = status
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="admin")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="admin", initializer=roam)
         self._busy = False
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:

@@ -242,6 +242,7 @@ def memory(bench: Served) -> dict[str, float]:
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0], PARTS)
     parser.add_argument("--replicas", type=int, default=1)
+    parser.add_argument("--own-cores", action="store_true", help="serving.own_cores")
     given = parser.parse_args()
     wanted, sizes, effort = chosen(given, PARTS)
     origin = about()
@@ -249,7 +250,8 @@ def main() -> None:
     say("building the market")
     with bench_market(given.market, sizes) as market:
         say("starting the server")
-        with served(market, effort, num_replicas=given.replicas) as bench:
+        serving = {"num_replicas": given.replicas, "own_cores": given.own_cores}
+        with served(market, effort, **serving) as bench:
             if "binary" not in bench.forms:
                 print("the server knows no application/x-protobuf: JSON alone is measured")
             runs = {"judged": judged, "ads": by_ads, "saturation": saturation, "swap": swap}

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ def settings(market: TinyMarket, first: Bundle, second: Bundle) -> DriftlineSett
         "port": free_port(),
         "ingress": "haproxy",
         "num_replicas": 2,
+        "own_cores": True,
         "admin_token_file": Path("admin.token"),
     }
     serving = market.settings.serving.model_copy(update=changes)
@@ -80,6 +82,24 @@ def test_two_replicas_agree_about_every_key_and_administration_needs_the_token(
         time.sleep(0.2)
     status, answer = ask(server, "GET", "routes", token=token)
     assert answer["live"]["canary"] is None
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
+    reason="needs two cores, and a system that lets threads keep to one",
+)
+def test_each_replica_answers_on_a_core_of_its_own(server: ServingHandle) -> None:
+    def kept() -> list[set[int]]:
+        cores = [
+            [os.sched_getaffinity(thread.id) for thread in replica.threads()]
+            for replica in replicas(server.family)
+        ]
+        return [min(of_threads, key=len) for of_threads in cores]
+
+    deadline = time.monotonic() + 30
+    while len(set().union(*(found := kept()))) != 2 or max(map(len, found)) > 1:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.2)
 
 
 def test_a_killed_replica_costs_no_request(server: ServingHandle) -> None:
