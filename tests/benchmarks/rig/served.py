@@ -60,20 +60,16 @@ class Served:
         found = forms_of(self.server.url, self.market.asked(3, 1)[0])
         return {form.name: form for form in found}
 
-    def written(self, form: Form, *, num_ads: int) -> list[bytes]:
-        """The requests that loads are made of, in one form."""
+    def load(self, form: Form, *, num_ads: int, rate: float, seconds: float) -> Load:
+        """So many requests a second in one form; each load has other arrivals."""
         key = form.name, num_ads
         if key not in self.bodies:
             asked = self.market.asked(num_ads, self.num_bodies)
             self.bodies[key] = [form.write(one) for one in asked]
-        return self.bodies[key]
-
-    def load(self, form: Form, *, num_ads: int, rate: float, seconds: float) -> Load:
-        """So many requests a second in one form; each load has other arrivals."""
         self.seed += 1
         return Load(
             f"{self.server.url}{SCORE}",
-            self.written(form, num_ads=num_ads),
+            self.bodies[key],
             rate,
             self.effort.warmup_seconds + seconds,
             warmup_seconds=self.effort.warmup_seconds,
