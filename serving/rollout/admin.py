@@ -12,7 +12,7 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
@@ -28,13 +28,11 @@ from driftline.platform.workspace import Workspace
 from driftline.serving.rollout.admin_token import check_token, make_token, token_path
 from driftline.serving.rollout.audit import AuditLog, audit_path, new_change, read_change
 from driftline.serving.rollout.delivery import live_facts, utc_now
+from driftline.serving.transport.pages import Message, Page, Receive, Send, send_page
 from driftline.serving.transport.requests import RefusedRequestError, refuse, show
 
 logger = logging.getLogger(__name__)
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 PREFIX: Final = "/v1/admin/"
@@ -166,10 +164,10 @@ class AdminFace:
                 405: (b"allow", b", ".join(verb.encode() for verb in error.allowed or ())),
                 503: (b"retry-after", b"5"),
             }
-            extra = [headers[error.status]] if error.status in headers else []
-            await _send(send, error.body, status=error.status, headers=extra)
+            extra = (headers[error.status],) if error.status in headers else ()
+            await send_page(send, _page(error.body, status=error.status, headers=extra))
         else:
-            await _send(send, value, status=status)
+            await send_page(send, _page(value, status=status))
 
     async def _answer(self, scope: Message, receive: Receive) -> tuple[int, dict[str, Any]]:
         check_token(scope, self._token)
@@ -304,15 +302,8 @@ def _read(kind: type[Change], body: bytes) -> Change:
         ) from None
 
 
-async def _send(
-    send: Send,
-    value: dict[str, Any],
-    *,
-    status: int = 200,
-    headers: list[tuple[bytes, bytes]] | None = None,
-) -> None:
+def _page(
+    value: dict[str, Any], *, status: int, headers: tuple[tuple[bytes, bytes], ...] = ()
+) -> Page:
     body = json.dumps(value, default=str).encode()
-    start = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
-    start += [(b"content-length", str(len(body)).encode()), *(headers or [])]
-    await send({"type": "http.response.start", "status": status, "headers": start})
-    await send({"type": "http.response.body", "body": body})
+    return Page(body, status, more_headers=((b"cache-control", b"no-store"), *headers))

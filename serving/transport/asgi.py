@@ -11,20 +11,18 @@ import orjson
 from driftline.platform.settings import ServingSettings
 from driftline.serving.transport.limits import WaitingLine
 from driftline.serving.transport.openapi import openapi_json, openapi_page
-from driftline.serving.transport.pages import Page, refusal
-from driftline.serving.transport.paths import DOCS, HEALTH, OPENAPI, SCORE, STATUS
-from driftline.serving.transport.requests import RefusedRequestError, refuse, show
-from driftline.serving.transport.score_route import (
+from driftline.serving.transport.pages import (
     Message,
+    Page,
     Receive,
-    ScoreRoute,
-    Scoring,
     Send,
-    failed,
+    refusal,
     send_page,
 )
+from driftline.serving.transport.paths import DOCS, HEALTH, OPENAPI, SCORE, STATUS
+from driftline.serving.transport.requests import RefusedRequestError, refuse, show
+from driftline.serving.transport.score_route import ScoreRoute, Scoring, failed
 from driftline.serving.transport.short_way import Exchange
-from driftline.serving.transport.wire import JSON
 
 READ: Final = ("GET", "HEAD")
 METHODS: Final = {SCORE: ("POST",), **dict.fromkeys((STATUS, HEALTH, OPENAPI, DOCS), READ)}
@@ -134,14 +132,10 @@ async def _hang_up(scope: Message, send: Send) -> None:
     if "websocket.http.response" not in scope.get("extensions", {}):
         await send({"type": "websocket.close", "code": 1008})
         return
-    error = refuse("there is no WebSocket here", status=404, code="unknown_path")
-    start = {
-        "type": "websocket.http.response.start",
-        "status": error.status,
-        "headers": [(b"content-type", JSON.encode())],
-    }
-    await send(start)
-    await send({"type": "websocket.http.response.body", "body": orjson.dumps(error.body)})
+    page = refusal(refuse("there is no WebSocket here", status=404, code="unknown_path"))
+    start = {"type": "websocket.http.response.start", "status": page.status}
+    await send({**start, "headers": page.headers})
+    await send({"type": "websocket.http.response.body", "body": page.body})
 
 
 async def _acknowledge(receive: Receive, send: Send) -> None:

@@ -1,12 +1,18 @@
 """What is answered over HTTP, scores aside: a body, a status, a few headers."""
 
+from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import orjson
 
 from driftline.serving.transport.limits import RETRY_SECONDS
 from driftline.serving.transport.requests import RefusedRequestError
 from driftline.serving.transport.wire import JSON
+
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -36,3 +42,10 @@ def refusal(error: RefusedRequestError) -> Page:
         more.append((b"connection", b"close"))
     body = orjson.dumps(error.body, default=str)
     return Page(body, error.status, more_headers=tuple(more))
+
+
+async def send_page(send: Send, page: Page, *, empty: bool = False) -> None:
+    """Send an answer by ASGI; ``empty`` keeps its body back, as for HEAD."""
+    headers = [*page.headers, (b"content-length", str(len(page.body)).encode())]
+    await send({"type": "http.response.start", "status": page.status, "headers": headers})
+    await send({"type": "http.response.body", "body": b"" if empty else page.body})

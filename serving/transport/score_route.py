@@ -7,24 +7,27 @@ One that is still coming is an ASGI application's, which waits for it, but not f
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Final, Protocol
 
 from driftline.platform.settings import ServingSettings
 from driftline.serving.answers import Answer
 from driftline.serving.transport.limits import HeldBytes, WaitingLine, body_too_large, poll
-from driftline.serving.transport.pages import Page, refusal
+from driftline.serving.transport.pages import (
+    Message,
+    Page,
+    Receive,
+    Send,
+    refusal,
+    send_page,
+)
 from driftline.serving.transport.requests import RefusedRequestError, refuse, show
 from driftline.serving.transport.short_way import Exchange
 from driftline.serving.transport.wire import JsonForm, WireForm
 from driftline.serving.transport.wire_protobuf import ProtobufForm
 
 logger = logging.getLogger(__name__)
-
-Message: TypeAlias = MutableMapping[str, Any]
-Receive: TypeAlias = Callable[[], Awaitable[Message]]
-Send: TypeAlias = Callable[[Message], Awaitable[None]]
 
 MAX_HELD: Final = 64
 """Unfinished bodies may hold so many times the largest body."""
@@ -198,10 +201,3 @@ def failed(what: str) -> RefusedRequestError:
     logger.exception("%s failed", what)
     mistake = "a mistake of the server's; the log of its replica says more"
     return refuse(mistake, status=500, code="internal_error")
-
-
-async def send_page(send: Send, page: Page, *, empty: bool = False) -> None:
-    """Send an answer by ASGI; ``empty`` keeps its body back, as for HEAD."""
-    headers = [*page.headers, (b"content-length", str(len(page.body)).encode())]
-    await send({"type": "http.response.start", "status": page.status, "headers": headers})
-    await send({"type": "http.response.body", "body": b"" if empty else page.body})

@@ -256,17 +256,23 @@ def test_a_mistake_of_ours_is_answered_and_the_connection_lives(
     assert "POST /v1/score failed" in caplog.text
 
 
+async def waiting(server: Server) -> tuple["asyncio.Task[list[Reply]]", Callable[[], None]]:
+    """A request that stands in line, and what calls it up."""
+    line = server.face.line
+    line._taken = True  # somebody else's turn
+    asking = asyncio.create_task(server.ask([scoring(1)]))
+    while not len(line):
+        await asyncio.sleep(0)
+    return asking, lambda: line._next(asyncio.get_running_loop())
+
+
 def test_who_waits_is_answered_though_the_server_stops(service: BundleService) -> None:
     async def main() -> list[Reply]:
         async with serving(service) as server:
-            line = server.face.line
-            line._taken = True  # somebody else's turn
-            asking = asyncio.create_task(server.ask([scoring(1)]))
-            while not len(line):
-                await asyncio.sleep(0)
+            asking, call_up = await waiting(server)
             for connection in list(server.connections):
                 connection.shutdown()
-            line._next(asyncio.get_running_loop())
+            call_up()
             return await asking
 
     (reply,) = asyncio.run(main())
@@ -280,19 +286,15 @@ def test_who_hung_up_while_waiting_is_not_scored(service: BundleService) -> None
 
     async def main() -> int:
         async with serving(service) as server:
-            line = server.face.line
-            line._taken = True  # somebody else's turn
-            asking = asyncio.create_task(server.ask([scoring(1)]))
-            while not len(line):
-                await asyncio.sleep(0)
+            asking, call_up = await waiting(server)
             (connection,) = server.connections
             connection.transport.abort()
             while server.connections:
                 await asyncio.sleep(0)
-            line._next(asyncio.get_running_loop())
+            call_up()
             with pytest.raises((AssertionError, ConnectionError)):
                 await asking
-            return len(line)
+            return len(server.face.line)
 
     assert asyncio.run(main()) == 0
     assert service.status()["answers"] == before
