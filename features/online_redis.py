@@ -12,9 +12,12 @@ wait, and after some of them a breaker ends the waiting, until Redis answers aga
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
+from itertools import chain
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from driftline.features.feast_plugins.errors import FeatureStoreError
 from driftline.features.feast_plugins.keys import Keys
@@ -67,19 +70,34 @@ class RedisViews:
             len(fields),
         )
 
-    def command(self, key: Key) -> bytes:
-        """Ask for all fields of a key."""
+    def commands(self, keys: Sequence[Key] | NDArray[np.int64]) -> bytes:
+        """Ask for all fields of some keys, one command each."""
+        if not isinstance(keys, np.ndarray):
+            return b"".join([self._command(key) for key in keys])
+        template, key_places = self._template
+        commands_KL = np.tile(template, (len(keys), 1))
+        commands_KL[:, key_places] = keys.astype("<i8").view(np.uint8).reshape(len(keys), -1)
+        return commands_KL.tobytes()
+
+    @cached_property
+    def _template(self) -> tuple[NDArray[np.uint8], NDArray[np.intp]]:
+        """The command of an integer, and where in it the integer stands; all are of one length."""
+        zero, ones = (np.frombuffer(self._command(key), np.uint8) for key in (0, -1))
+        return zero, np.flatnonzero(zero != ones)
+
+    def _command(self, key: Key) -> bytes:
         name = self.keys.name(key)
         head = b"*%d\r\n$5\r\nHMGET\r\n$%d\r\n" % (2 + self.num_fields, len(name))
         return head + name + b"\r\n" + self.tail
 
     def tables(self, replies: Sequence[Sequence[Cell]]) -> dict[str, Found]:
         """The values of each view, by its name, in the order of the replies."""
+        columns = list(zip(*replies, strict=True)) or [()] * self.num_fields
         found = {}
-        start = 0
         for wanted in self.wanted:
-            found[wanted.view.name] = _table(wanted, replies, start)
-            start += len(_fields(wanted))
+            num = len(_fields(wanted))
+            found[wanted.view.name] = _table(wanted, columns[:num])
+            columns = columns[num:]
         return found
 
 
@@ -103,7 +121,7 @@ class RedisVersion:
 
     def products(self, keys: Keys) -> Mapping[str, Found] | None:
         """All views of products, in one round trip; ``None`` while Redis is away."""
-        listed = keys.tolist() if isinstance(keys, np.ndarray) else list(keys)
+        listed = keys if isinstance(keys, np.ndarray) else list(keys)
         return self.source.read(self.source.products, listed)
 
     def group(self, view: View, keys: Sequence[Key | None]) -> Found | None:
@@ -158,21 +176,25 @@ class RedisSource:
         """Whether Redis counts as dead, so that requests do not ask it."""
         return self._breaker.is_open
 
-    def read(self, views: RedisViews, keys: Sequence[Key | None]) -> dict[str, Found] | None:
+    def read(
+        self, views: RedisViews, keys: Sequence[Key | None] | NDArray[np.int64]
+    ) -> dict[str, Found] | None:
         """Values of some views for a request's keys; ``None`` while Redis is away."""
         if not self._breaker.allows():
             self._counts["skipped"] += 1
             return None
         self._counts["reads"] += 1
-        commands = [views.command(key) for key in keys if key is not None]
+        asked = keys if isinstance(keys, np.ndarray) else [key for key in keys if key is not None]
         replies: list[Any] = []
-        if commands:
+        if len(asked):
             try:
-                replies = self._requests.ask(commands, timeout_seconds=self._timeout_seconds)
+                replies = self._requests.ask(
+                    views.commands(asked), num=len(asked), timeout_seconds=self._timeout_seconds
+                )
             except RedisUnavailableError as error:
                 self._failed(error)
                 return None
-        if len(commands) < len(keys):
+        if len(asked) < len(keys):
             there = iter(replies)
             nothing = (None,) * views.num_fields
             replies = [nothing if key is None else next(there) for key in keys]
@@ -181,7 +203,7 @@ class RedisSource:
         except FeatureStoreError as error:  # written by other definitions of the views
             self._failed(error)
             return None
-        if commands:
+        if len(asked):
             self._breaker.succeeded()
         return tables
 
@@ -223,7 +245,7 @@ class RedisSource:
 
     def _probe(self) -> None:
         try:
-            self._background.ask([command(b"PING")], timeout_seconds=BACKGROUND_SECONDS)
+            self._background.ask(command(b"PING"), num=1, timeout_seconds=BACKGROUND_SECONDS)
         except RedisUnavailableError as error:
             self._breaker.failed(str(error))
         else:
@@ -232,8 +254,10 @@ class RedisSource:
     def _groups(self, views: RedisViews, keys: Sequence[str]) -> Groups:
         replies: list[Any] = []
         for start in range(0, len(keys), CHUNK):
-            commands = [views.command(key) for key in keys[start : start + CHUNK]]
-            replies += self._background.ask(commands, timeout_seconds=BACKGROUND_SECONDS)
+            chunk = keys[start : start + CHUNK]
+            replies += self._background.ask(
+                views.commands(chunk), num=len(chunk), timeout_seconds=BACKGROUND_SECONDS
+            )
         found = views.tables(replies)[views.wanted[0].view.name]
         return Groups(dict(zip(keys, found.slots.tolist(), strict=True)), found.table)
 
@@ -245,33 +269,31 @@ def _fields(wanted: Wanted) -> list[bytes]:
     return [time_field(name), *(field_name(name, feature) for feature in features)]
 
 
-def _table(wanted: Wanted, replies: Sequence[Sequence[Cell]], start: int) -> Found:
-    """A view's values, one slot a reply and a last one for a missing key."""
-    num = len(replies)
-    times: dict[bytes, int] = {}
-    event = np.zeros(num + 1, np.int64)
-    slots = np.full(num, -1, np.int64)
-    for place, reply in enumerate(replies):
-        cell = reply[start]
-        if cell is not None:
-            if cell not in times:
-                times[cell] = event_us(cell)
-            event[place], slots[place] = times[cell], place
-    end = start + 1 + len(wanted.numbers)
-    numbers = np.full((num + 1, len(wanted.numbers)), np.nan, np.float32)
-    cells = [cell for reply in replies for cell in reply[start + 1 : end]]
-    numbers[:-1] = floats(cells).reshape(num, len(wanted.numbers))
+def _table(wanted: Wanted, columns: Sequence[Sequence[Cell]]) -> Found:
+    """A view's values, one slot a reply and a last one for a missing key.
+
+    Args:
+        wanted: The view.
+        columns: The cells of each of its fields, in the order of :func:`_fields`.
+    """
+    written, *others = columns
+    num, num_numbers = len(written), len(wanted.numbers)
+    times = {cell: 0 if cell is None else event_us(cell) for cell in set(written)}
+    event = np.array([*(times[cell] for cell in written), 0], np.int64)
+    slots = np.arange(num)
+    if None in times:
+        slots[[cell is None for cell in written]] = -1
+    numbers = np.full((num + 1, num_numbers), np.nan, np.float32)
+    cells = list(chain.from_iterable(others[:num_numbers]))
+    numbers[:-1] = floats(cells).reshape(num_numbers, num).T
     categories = {}
-    for column, name in enumerate(wanted.categories, start=end):
+    for name, read in zip(wanted.categories, others[num_numbers:], strict=False):
         codes: dict[bytes, int] = {}
-        read = [reply[column] for reply in replies]
         found = [codes.setdefault(cell, len(codes)) if cell else -1 for cell in read]
         strings = np.empty(len(codes) + 1, np.object_)
         strings[:-1], strings[-1] = [text(cell) for cell in codes], None
         categories[name] = (np.array([*found, -1], np.int32), strings)
     text_id = None
     if wanted.text_id:
-        column = end + len(wanted.categories)
-        ids = integers([reply[column] for reply in replies], missing=NO_TEXT)
-        text_id = np.append(ids, NO_TEXT)
+        text_id = np.append(integers(others[-1], missing=NO_TEXT), NO_TEXT)
     return Found(ViewTable(event, numbers, categories, text_id), slots)

@@ -10,7 +10,7 @@ import socket
 import ssl
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Final, Self
@@ -78,8 +78,8 @@ class RedisConnection:
         self._reader = hiredis.Reader()
         self._lock = Lock()
 
-    def ask(self, commands: Sequence[bytes], *, timeout_seconds: float) -> list[Any]:
-        """Send commands and return their replies, in one round trip.
+    def ask(self, commands: bytes, *, num: int, timeout_seconds: float) -> list[Any]:
+        """Send so many commands and return their replies, in one round trip.
 
         Raises:
             RedisUnavailableError: no reply in time, or an error for one.
@@ -89,12 +89,12 @@ class RedisConnection:
             try:
                 fresh = self._socket is None
                 try:
-                    return self._ask(commands, deadline)
+                    return self._ask(commands, num, deadline)
                 except (ConnectionError, BrokenPipeError):
                     if fresh:
                         raise
                     self.close()  # Redis was restarted since the last time: try once more
-                    return self._ask(commands, deadline)
+                    return self._ask(commands, num, deadline)
             except (OSError, hiredis.HiredisError) as error:
                 self.close()
                 raise RedisUnavailableError(f"{type(error).__name__}: {error}") from error
@@ -108,12 +108,13 @@ class RedisConnection:
             self._socket.close()
         self._socket, self._reader = None, hiredis.Reader()
 
-    def _ask(self, commands: Sequence[bytes], deadline: float) -> list[Any]:
+    def _ask(self, commands: bytes, num: int, deadline: float) -> list[Any]:
         if self._socket is None:
             self._socket = self._connect(deadline)
             weakref.finalize(self, self._socket.close)
-            self._exchange(self._socket, self._greeting(), deadline)
-        return self._exchange(self._socket, commands, deadline)
+            greeting = self._greeting()
+            self._exchange(self._socket, b"".join(greeting), len(greeting), deadline)
+        return self._exchange(self._socket, commands, num, deadline)
 
     def _connect(self, deadline: float) -> socket.socket:
         address = self._address
@@ -135,12 +136,12 @@ class RedisConnection:
         return commands
 
     def _exchange(
-        self, connection: socket.socket, commands: Sequence[bytes], deadline: float
+        self, connection: socket.socket, commands: bytes, num: int, deadline: float
     ) -> list[Any]:
         connection.settimeout(_left(deadline))
-        connection.sendall(b"".join(commands))
+        connection.sendall(commands)
         replies: list[Any] = []
-        while len(replies) < len(commands):
+        while len(replies) < num:
             reply = self._reader.gets()
             if reply is False:  # not whole yet
                 connection.settimeout(_left(deadline))

@@ -120,7 +120,7 @@ def test_a_server_that_says_nothing_or_little_is_unavailable() -> None:
             thread.start()
             connection = RedisConnection(RedisAddress("127.0.0.1", server.getsockname()[1]))
             with pytest.raises(RedisUnavailableError):
-                connection.ask([command(b"PING")], timeout_seconds=0.1)
+                connection.ask(command(b"PING"), num=1, timeout_seconds=0.1)
             thread.join()
 
 
