@@ -82,10 +82,9 @@ class ServingSettings(Settings):
     """Memory that a replica may spend, for each bundle and snapshot, on what every product adds to
     the head's first layer, computed beforehand: about 8 bytes a product and unit of that layer. A
     larger catalogue is scored from the feature tables, which takes longer. 0 turns it off."""
-    own_cores: bool = False
-    """Whether the event loop of each replica keeps to a core of its own, as far as there are cores.
-    For a machine that is there for serving: tails get shorter. Not for containers that share a
-    machine, because they would choose the same cores."""
+    own_cores: bool = True
+    """Whether the event loop of each replica keeps to a core of its own, as far as there are cores:
+    tails get shorter. One that waits for its core longer than it runs there takes another."""
     decision_log: DecisionLogSettings = DecisionLogSettings()
     metrics: MetricsSettings = MetricsSettings()
     slow_requests: SlowRequestSettings = SlowRequestSettings()

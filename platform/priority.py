@@ -9,7 +9,9 @@ back by themselves.
 import os
 import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
+from random import Random
 from typing import Final
 
 from filelock import FileLock, Timeout
@@ -17,6 +19,8 @@ from filelock import FileLock, Timeout
 FOREGROUND: Final = {"RAY_worker_niceness": "0"}
 """Environment of the process that starts a Ray on which requests are answered."""
 BACKGROUND_NICENESS: Final = 10
+CROWDED_SECONDS: Final = 0.1
+"""Shorter waits between two looks do not matter."""
 
 
 def step_back() -> None:
@@ -30,42 +34,73 @@ class OwnCore:
 
     A thread that answers within a millisecond and sleeps in between is moved from core to core, and
     finds cold caches and somebody else's work on each. Which cores are kept stands in lock files of
-    this user's, which end with their process. Containers do not see each other's.
+    this user's, which end with their process. Containers do not see each other's, and may begin
+    with the same core; so a thread that waits for its core longer than it runs there takes another.
 
     Args:
         folder: Of the lock files; the same for all processes.
+        chooser: Draws the core that follows a crowded one.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, *, chooser: Random | None = None) -> None:
         self._thread = threading.get_native_id()
         self._folder = folder or Path(tempfile.gettempdir()) / f"driftline-cores-{os.getuid()}"
+        self._chooser = chooser or Random()
         self._lock: FileLock | None = None
+        self._before: set[int] = set()
+        self._ran_waited = (0.0, 0.0)
         self.core: int | None = None
         """Which it is; ``None`` while none is free, or this system knows no such thing."""
 
-    def take(self) -> None:
-        """Take a core for the thread that made this, if one is free; harmless to call again."""
-        if self.core is not None or not hasattr(os, "sched_setaffinity"):
+    def look(self) -> None:
+        """Take a core, if one is free; another one if this one was crowded since the last look."""
+        if not hasattr(os, "sched_setaffinity"):
             return
+        left = None
+        if self.core is not None:
+            if not self._is_crowded():
+                return
+            left = self.core
+            self.give_back()
         cores = sorted(os.sched_getaffinity(self._thread), reverse=True)  # the first serves devices
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if len(cores) == 1 or self._folder.stat().st_uid != os.getuid():
             return
+        if left is not None:
+            cores.remove(left)
+            self._chooser.shuffle(cores)
         for core in cores:
             lock = FileLock(self._folder / f"{core}.lock", thread_local=False)
             try:
                 lock.acquire(timeout=0)
             except Timeout:
                 continue
+            self._before = os.sched_getaffinity(self._thread)
             os.sched_setaffinity(self._thread, {core})
             self.core, self._lock = core, lock
+            self._ran_waited = self._read_times()
             return
 
     def give_back(self) -> None:
-        """Let others have it."""
+        """Let others have it; the thread may run wherever it might before."""
         if self._lock is not None:
+            with suppress(OSError):  # the thread has ended
+                os.sched_setaffinity(self._thread, self._before)
             self._lock.release()
             self._lock = self.core = None
+
+    def _is_crowded(self) -> bool:
+        before, self._ran_waited = self._ran_waited, self._read_times()
+        ran, waited = (now - then for now, then in zip(self._ran_waited, before, strict=True))
+        return waited > max(ran, CROWDED_SECONDS)
+
+    def _read_times(self) -> tuple[float, float]:
+        """Seconds that the thread has run, and that it wanted to and did not; 0 where unknown."""
+        try:
+            found = Path(f"/proc/self/task/{self._thread}/schedstat").read_text().split()
+        except OSError:
+            return 0.0, 0.0
+        return int(found[0]) / 1e9, int(found[1]) / 1e9
 
 
 def roam() -> None:

@@ -40,7 +40,7 @@ SWITCH_SECONDS: Final = 0.0005
 """How long a request waits for a thread of ours that has the interpreter; Python's own is 5 ms."""
 
 CORE_SECONDS: Final = 2.0
-"""How often a replica looks whether a core is free for it, until it has one."""
+"""How often a replica looks whether there is a core for it, and a better one than it has."""
 
 
 class ServingAppSettings(Settings):
@@ -91,7 +91,7 @@ class ScoringReplica:
         self._observation.start()
         if settings.serving.own_cores:
             core = OwnCore()
-            Repeating("own-core", seconds=CORE_SECONDS, action=core.take).start()
+            Repeating("own-core", seconds=CORE_SECONDS, action=core.look).start()
 
     def __del__(self) -> None:
         """Ray Serve calls this when the replica goes: write what waits."""

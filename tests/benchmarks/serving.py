@@ -238,7 +238,7 @@ def memory(bench: Served) -> dict[str, float]:
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0], PARTS)
     parser.add_argument("--replicas", type=int, default=1)
-    parser.add_argument("--own-cores", action="store_true", help="serving.own_cores")
+    parser.add_argument("--roam", action="store_true", help="without serving.own_cores")
     given = parser.parse_args()
     wanted, sizes, effort = chosen(given, PARTS)
     origin = about()
@@ -246,7 +246,7 @@ def main() -> None:
     say("building the market")
     with bench_market(given.market, sizes) as market:
         say("starting the server")
-        serving = {"num_replicas": given.replicas, "own_cores": given.own_cores}
+        serving = {"num_replicas": given.replicas, "own_cores": not given.roam}
         with served(market, effort, **serving) as bench:
             if "binary" not in bench.forms:
                 print("the server knows no application/x-protobuf: JSON alone is measured")

@@ -294,8 +294,10 @@ def materialiser(settings: DriftlineSettings) -> Iterator[Callable[[datetime], f
     script = (
         "import sys, json, time; from datetime import datetime\n"
         "from driftline.features.store import materialize\n"
+        "from driftline.platform.priority import step_back\n"
         "from driftline.platform.settings import parse_settings\n"
         "settings = parse_settings(json.loads(sys.stdin.readline()), origin='of the benchmark')\n"
+        "step_back()\n"
         "for line in sys.stdin:\n"
         "    report = materialize(settings, as_of=datetime.fromisoformat(line.strip()))\n"
         "    print(report.seconds, flush=True)\n"

@@ -40,7 +40,6 @@ def settings(market: TinyMarket, first: Bundle, second: Bundle) -> DriftlineSett
         "port": free_port(),
         "ingress": "haproxy",
         "num_replicas": 2,
-        "own_cores": True,
         "admin_token_file": Path("admin.token"),
     }
     serving = market.settings.serving.model_copy(update=changes)
