@@ -2,8 +2,9 @@
 
 The log's last hours are served as they came: every few minutes of event time the online store is
 brought up to date, then the requests of those minutes are sent, with their own time and context.
-What the server says must be what the frames say. The first minutes of an hour are left out: the
-user's own counters of that hour arrive in them, and a snapshot from before cannot know them.
+What the server says must be what the frames say, except where a value became known after the
+snapshot: the skew check tells these from mistakes, by the decision log of these very requests. The
+first minutes of an hour are left out: the user's own counters of that hour arrive in them.
 """
 
 import time
@@ -17,6 +18,7 @@ import pyarrow as pa
 from driftline.features.frame_files import read_frames
 from driftline.features.log import ImpressionLog
 from driftline.pipelines.prepare import materialize_features
+from driftline.pipelines.skew import check_skew
 from driftline.platform.bundle import Bundle
 from driftline.platform.columns import head_columns
 from driftline.platform.errors import ResourceError
@@ -32,6 +34,7 @@ NUM_HOURS: Final = 3
 SLICE: Final = timedelta(minutes=10)
 TOLERANCE: Final = 1e-5
 WAIT_SECONDS: Final = 30
+NUM_CHECKED: Final = 10_000
 
 
 def serve_some_requests(settings: DriftlineSettings) -> dict[str, Any]:
@@ -41,7 +44,8 @@ def serve_some_requests(settings: DriftlineSettings) -> dict[str, Any]:
     champion = read_champion(workspace.bundles)
     assert champion is not None, require(workspace.bundles, made_by="refresh arms CONFIG")
     scorer = Scorer.of(Bundle.open(champion.path))
-    serving = settings.serving.model_copy(update={"clock": "snapshot"})
+    log = settings.serving.decision_log.model_copy(update={"sample_rate": 1.0})
+    serving = settings.serving.model_copy(update={"clock": "snapshot", "decision_log": log})
     settings = settings.model_copy(update={"serving": serving})
     seconds: list[float] = []
     differences: list[float] = []
@@ -64,6 +68,7 @@ def serve_some_requests(settings: DriftlineSettings) -> dict[str, Any]:
                 seconds.append(time.perf_counter() - started)
                 found = np.array(answer["probabilities"])
                 differences += np.abs(found - expected[page["rows"]]).tolist()
+    skew = check_skew(settings, hours=NUM_HOURS, sample=NUM_CHECKED)
     p50, p99 = (1000 * float(np.quantile(seconds, q)) for q in (0.5, 0.99))
     largest = max(differences, default=0.0)
     equal = float(np.mean(np.array(differences) <= TOLERANCE))
@@ -73,12 +78,14 @@ def serve_some_requests(settings: DriftlineSettings) -> dict[str, Any]:
         "bundle": champion.fingerprint,
         "largest_difference": largest,
         "share_equal": equal,
+        "skew": skew.to_json(),
         "p50_ms": round(p50, 2),
         "p99_ms": round(p99, 2),
         "summary": (
             f"{len(differences):,} scores, {equal:.2%} equal to the offline score within "
-            f"{TOLERANCE:.0e} (largest difference {largest:.1e}); one connection, "
-            f"p50 {p50:.1f} ms, p99 {p99:.1f} ms"
+            f"{TOLERANCE:.0e} (largest difference {largest:.1e}), the others where a value became "
+            f"known after their snapshot ({skew.num_unexplained} differ for no such reason); "
+            f"one connection, p50 {p50:.1f} ms, p99 {p99:.1f} ms"
         ),
     }
 
