@@ -3,8 +3,9 @@
 The log's last hours are served as they came: every few minutes of event time the online store is
 brought up to date, then the requests of those minutes are sent, with their own time and context.
 What the server says must be what the frames say, except where a value became known after the
-snapshot: the skew check tells these from mistakes, by the decision log of these very requests. The
-first minutes of an hour are left out: the user's own counters of that hour arrive in them.
+snapshot. The skew check of the log's newest decisions, which these are in a new workspace, tells
+such values from mistakes. The first minutes of an hour are left out: the user's own counters of
+that hour arrive in them.
 """
 
 import time
@@ -83,8 +84,8 @@ def serve_some_requests(settings: DriftlineSettings) -> dict[str, Any]:
         "p99_ms": round(p99, 2),
         "summary": (
             f"{len(differences):,} scores, {equal:.2%} equal to the offline score within "
-            f"{TOLERANCE:.0e} (largest difference {largest:.1e}), the others where a value became "
-            f"known after their snapshot ({skew.num_unexplained} differ for no such reason); "
+            f"{TOLERANCE:.0e} (largest difference {largest:.1e}); of all values that differ, the "
+            f"skew check leaves {skew.num_unexplained} unexplained; "
             f"one connection, p50 {p50:.1f} ms, p99 {p99:.1f} ms"
         ),
     }

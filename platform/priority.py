@@ -62,7 +62,8 @@ class OwnCore:
                 return
             left = self.core
             self.give_back()
-        cores = sorted(os.sched_getaffinity(self._thread), reverse=True)  # the first serves devices
+        every = os.sched_getaffinity(self._thread)
+        cores = sorted(every, reverse=True)  # the first serves devices
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if len(cores) == 1 or self._folder.stat().st_uid != os.getuid():
             return
@@ -75,9 +76,8 @@ class OwnCore:
                 lock.acquire(timeout=0)
             except Timeout:
                 continue
-            self._before = os.sched_getaffinity(self._thread)
             os.sched_setaffinity(self._thread, {core})
-            self.core, self._lock = core, lock
+            self.core, self._lock, self._before = core, lock, every
             self._ran_waited = self._read_times()
             return
 

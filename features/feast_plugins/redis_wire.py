@@ -71,12 +71,7 @@ def floats(cells: Sequence[Cell]) -> NDArray[np.float32]:
     Raises:
         FeatureStoreError: a cell holds something else.
     """
-    try:
-        joined = b"".join(cells)  # type: ignore[arg-type]
-    except TypeError:  # some are not there
-        joined = b""
-    if len(joined) != len(cells) * len(_NAN):
-        joined = b"".join([cell or _NAN for cell in cells])
+    joined = b"".join([cell or _NAN for cell in cells])
     if len(joined) != len(cells) * len(_NAN):
         raise FeatureStoreError(_complaint("a number", cells, len(_NAN)))
     read = np.frombuffer(joined, _FLOAT)
